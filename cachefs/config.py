@@ -1,0 +1,78 @@
+"""Frozen, typed configuration; the only reader of flags, environment and file (flags > CACHEFS_* > file > defaults)."""
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+
+
+class VolumeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One source under a name, with its options. Credentials are never in here: stores find them in their chains."""
+
+    name: str
+    source: str
+    mode: Literal["read-only"] = "read-only"
+    endpoint_url: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    anonymous: bool = False
+    store: Literal["auto", "obstore", "fsspec"] = "auto"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    uid: int = 0
+    gid: int = 0
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What one server (one state directory) runs with. Times in seconds, sizes in bytes."""
+
+    state_dir: Path
+    runtime_dir: Path
+    """Holds the sockets, the FUSE root (as root) and the ledger; 0700."""
+    cache_bytes_max: int
+    prefetch_bytes: int = 128 * MIB
+    """Most bytes that readahead of one reader, and all background fills together, may have in flight."""
+    free_fraction_min: float = 0.05
+    """This part of the file system is always left free."""
+    metrics: str | None = None
+    """HOST:PORT of the Prometheus endpoint."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    on_unreachable: Literal["wait", "error"] = "wait"
+    read_timeout_s: float = 300.0
+    """How long a READ waits for bytes that cannot be fetched; 0: for ever."""
+    get_timeout_s: float = 30.0
+    """Most time that one GET may go without a byte."""
+    list_timeout_s: float = 30.0
+    offline: bool = False
+    allow_other: bool = False
+    keeper_give_up_s: float = 300.0
+    """No server for so long: the keeper aborts the connection."""
+    kernel_disable: tuple[str, ...] = ()
+    """Kernel features not to use: "resend", "passthrough", "async_dio", "parallel_dirops", "readahead"."""
+
+
+class MountConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What `cachefs mount` hands to a new keeper, and the keeper to every server: all that a restart needs."""
+
+    server: ServerConfig
+    volumes: tuple[VolumeConfig, ...]
+    mountpoint: Path
+    """Where the FUSE root is mounted: RUNTIME/root as root, the user's own mountpoint otherwise."""
+    as_root: bool
+    """Each volume is a directory under the FUSE root and bind-mounted; else the one volume is the FUSE root."""
+    session: str
+    """Random; the same for every server of one mount, another at the next mount."""
+
+
+def encode(config: MountConfig) -> bytes:
+    """JSON, for the keeper's stdin and for a memfd."""
+    return msgspec.json.encode(config, enc_hook=str)
+
+
+def decode(data: bytes) -> MountConfig:
+    """The inverse of encode()."""
+    return msgspec.json.decode(data, type=MountConfig, dec_hook=lambda kind, value: kind(value))

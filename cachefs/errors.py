@@ -1,0 +1,105 @@
+"""Every error that cachefs raises on purpose; each class carries the errno that `fuse.py` answers with.
+
+Code raises meaning (`raise ObjectChanged(...)`); only `fuse.py` turns it into an errno, and only `cli.py`
+turns it into an exit code. A message is one line that says what to do.
+"""
+
+import errno
+
+
+class CachefsError(Exception):
+    """The root of the tree. `errno` is what a FUSE request is answered with, `exit_code` how a command ends."""
+
+    errno = errno.EIO
+    exit_code = 1
+
+
+class NotFound(CachefsError):
+    """No such object, prefix, bucket, name or inode."""
+
+    errno = errno.ENOENT
+
+
+class NotADirectory(CachefsError):
+    """A directory was asked for, and the name is a file."""
+
+    errno = errno.ENOTDIR
+
+
+class IsADirectory(CachefsError):
+    """A file was asked for, and the name is a directory."""
+
+    errno = errno.EISDIR
+
+
+class AccessDenied(CachefsError):
+    """The store refused the credentials (403), or the request carried none."""
+
+    errno = errno.EACCES
+
+
+class ObjectChanged(CachefsError):
+    """The store no longer has the version that was asked for (412, another etag or another size)."""
+
+    errno = errno.ESTALE
+
+
+class StaleInode(CachefsError):
+    """An inode of a superseded version was opened: ESTALE makes the kernel look the name up again."""
+
+    errno = errno.ESTALE
+
+
+class IntegrityError(CachefsError):
+    """Bytes that fail a check: a wrong digest, range, length or etag."""
+
+    errno = errno.EIO
+
+
+class StoreUnavailable(CachefsError):
+    """A failure that may pass: no connection, 5xx, 429, a cut body. The caller may wait and ask again."""
+
+    errno = errno.EIO
+
+
+class StoreTimeout(CachefsError):
+    """The store did not answer within the reader's deadline (`read_timeout_s`)."""
+
+    errno = errno.ETIMEDOUT
+
+
+class Offline(CachefsError):
+    """The bytes are not local and the store may not be asked (`--offline`)."""
+
+    errno = errno.EIO
+
+
+class ReadOnly(CachefsError):
+    """A write to a read-only tree."""
+
+    errno = errno.EROFS
+
+
+class NoSpace(CachefsError):
+    """The local tier or the index is full. Never the answer to a read: it is served uncached."""
+
+    errno = errno.ENOSPC
+
+
+class WorkFailed(CachefsError):
+    """The request was right, the work failed: exit code 1."""
+
+
+class UsageError(CachefsError):
+    """The request is wrong or cannot be met as asked: exit code 2."""
+
+    errno = errno.EINVAL
+    exit_code = 2
+
+
+class StateBusy(UsageError):
+    """Another live server or command holds the state directory."""
+
+
+class StateTooNew(UsageError):
+    """The state directory was written by a newer format than this version reads."""
