@@ -47,26 +47,18 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.fills_in_flight = Gauge(
-            "cachefs_fills_in_flight", "Chunks that are being fetched.", registry=registry
-        )
+        self.fills_in_flight = Gauge("cachefs_fills_in_flight", "Chunks that are being fetched.", registry=registry)
         self.evicted_objects = Counter(
             "cachefs_evicted_objects", "Objects evicted from the local tier.", registry=registry
         )
-        self.evicted_bytes = Counter(
-            "cachefs_evicted_bytes", "Bytes evicted from the local tier.", registry=registry
-        )
-        self.errors = Counter(
-            "cachefs_errors", "Errors answered or met, by class.", ("error",), registry=registry
-        )
+        self.evicted_bytes = Counter("cachefs_evicted_bytes", "Bytes evicted from the local tier.", registry=registry)
+        self.errors = Counter("cachefs_errors", "Errors answered or met, by class.", ("error",), registry=registry)
         self.tier_write_errors = Counter(
             "cachefs_tier_write_errors",
             "Chunks that could not be kept (disk full or failing).",
             registry=registry,
         )
-        self.used_bytes = Gauge(
-            "cachefs_used_bytes", "Bytes that the local tier holds.", ("tier",), registry=registry
-        )
+        self.used_bytes = Gauge("cachefs_used_bytes", "Bytes that the local tier holds.", ("tier",), registry=registry)
         self.capacity_bytes = Gauge(
             "cachefs_capacity_bytes", "Bytes that the local tier may hold.", ("tier",), registry=registry
         )
