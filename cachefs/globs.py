@@ -17,80 +17,92 @@ from cachefs.errors import UsageError
 
 
 def _segment_regex(segment: str) -> str:
-    """The regular expression of one pattern segment: it never matches a slash."""
-    out: list[str] = []
+    """The regular expression of one pattern segment, for names without a slash. Raises re.error."""
+    runs = [""]  # what stands between the stars
     position = 0
     while position < len(segment):
         char = segment[position]
         position += 1
         if char == "*":
-            while segment[position : position + 1] == "*":  # a run of stars is one: no backtracking blow-up
-                position += 1
-            out.append("[^/]*")
+            runs.append("")
         elif char == "?":
-            out.append("[^/]")
+            runs[-1] += "."
         elif char == "[":
             # A class is closed by the first "]" that is not its first member.
             close = segment.find("]", position + (2 if segment[position : position + 1] == "!" else 1))
             if close < 0:
-                out.append(r"\[")
+                runs[-1] += r"\["
                 continue
             negated = segment[position] == "!"
-            members = segment[position + negated : close].replace("\\", r"\\").replace("[", r"\[").replace("^", r"\^")
-            out.append(f"(?!/)[{'^' if negated else ''}{members}]")
+            members = segment[position + negated : close]
+            for special in "\\[^&~|":
+                members = members.replace(special, "\\" + special)
+            runs[-1] += f"[{'^' if negated else ''}{members}]"
             position = close + 1
         else:
-            out.append(re.escape(char))
-    return "".join(out)
+            runs[-1] += re.escape(char)
+    if len(runs) == 1:
+        return runs[0]
+    # Between two stars the first place that fits is as good as any: atomic, so that no pattern backtracks for ever.
+    middle = "".join(f"(?>.*?{run})" for run in runs[1:-1] if run)
+    return f"{runs[0]}{middle}.*{runs[-1]}"
 
 
 class _Pattern:
-    """One compiled pattern."""
+    """One compiled pattern: a small automaton over the parts of a path, so time is bounded for any pattern."""
 
     def __init__(self, pattern: str) -> None:
-        directories_only = pattern.endswith("/")
+        self._directories_only = pattern.endswith("/")
         body = pattern.strip("/")
         if not body or "" in body.split("/"):
             raise UsageError(f"the pattern {pattern!r} is empty or has an empty part: use one such as *.safetensors")
-        self._floating = "/" not in pattern.rstrip("/") and body != "**"
         segments = body.split("/")
+        if len(segments) == 1 and not pattern.startswith("/"):
+            segments.insert(0, "**")  # a name at any depth
         try:
-            self._segments = [None if segment == "**" else re.compile(_segment_regex(segment)) for segment in segments]
-            regex = self._path_regex(segments)
-            self._file = re.compile(regex + ("/.+" if directories_only else "(?:/.+)?"), re.DOTALL)
-            self._directory = re.compile(regex + "(?:/.+)?", re.DOTALL)
+            self._segments = [
+                None if segment == "**" else re.compile(_segment_regex(segment), re.DOTALL) for segment in segments
+            ]
         except re.error as exc:
             raise UsageError(f"the pattern {pattern!r} is not valid ({exc})") from exc
+        self._last = len(segments) - 1
 
-    def _path_regex(self, segments: Sequence[str]) -> str:
-        """Matches the paths that the pattern names, without those under them."""
-        regex = "(?:[^/]+/)*" if self._floating else ""
-        last = len(segments) - 1
-        for number, segment in enumerate(segments):
-            if segment != "**":
-                regex += _segment_regex(segment) + ("/" if number < last else "")
-            elif number < last:
-                regex += "(?:[^/]+/)*"
-            else:
-                regex += "[^/]+"  # all that is under it follows by itself
-        return regex
+    def _walk(self, path: str) -> tuple[int | None, bool]:
+        """At which part (0-based) the pattern first matches, if it does; and whether more parts could still match."""
+        states = self._with_skips({0})
+        for number, part in enumerate(path.split("/")):
+            following: set[int] = set()
+            for state in states:
+                segment = self._segments[state]
+                if segment is None:
+                    if state == self._last:
+                        return number, True
+                    following.add(state)
+                elif segment.fullmatch(part) is not None:
+                    if state == self._last:
+                        return number, True
+                    following.add(state + 1)
+            states = self._with_skips(following)
+        return None, bool(states)
+
+    def _with_skips(self, states: set[int]) -> set[int]:
+        """With the states behind each `**`, which may stand for no part at all (at the end: at least for one)."""
+        out = set(states)
+        for state in states:
+            while self._segments[state] is None and state < self._last:
+                state += 1
+                out.add(state)
+        return out
 
     def matches(self, path: str, *, is_directory: bool) -> bool:
-        return (self._directory if is_directory else self._file).fullmatch(path) is not None
+        part, _ = self._walk(path)
+        if part is None:
+            return False
+        return is_directory or not self._directories_only or part < path.count("/")
 
     def may_lead_to(self, directory: str) -> bool:
-        """Whether something under `directory` may match, though it does not itself."""
-        if self._floating:
-            return True
-        for number, name in enumerate(directory.split("/")):
-            if number >= len(self._segments):
-                return False
-            segment = self._segments[number]
-            if segment is None:
-                return True
-            if segment.fullmatch(name) is None:
-                return False
-        return True
+        """Whether the pattern matches `directory` or may match something under it."""
+        return self._walk(directory)[1]
 
 
 class Globs:
@@ -112,6 +124,4 @@ class Globs:
     def shows_directory(self, path: str) -> bool:
         if any(pattern.matches(path, is_directory=True) for pattern in self._exclude):
             return False
-        return not self._include or any(
-            pattern.matches(path, is_directory=True) or pattern.may_lead_to(path) for pattern in self._include
-        )
+        return not self._include or any(pattern.may_lead_to(path) for pattern in self._include)
