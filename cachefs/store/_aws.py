@@ -63,8 +63,8 @@ def resolve_endpoint(endpoint_url: str | None, environ: Mapping[str, str]) -> st
 
 def open_session(profile: str | None, environ: Mapping[str, str]) -> _Session:
     """The AWS SDK's own chain: environment, profile, web identity, SSO, container, then instance metadata."""
-    import botocore.exceptions
-    import botocore.session
+    import botocore.exceptions  # type: ignore[import-untyped]
+    import botocore.session  # type: ignore[import-untyped]
 
     session: _Session = botocore.session.Session(profile=profile or environ.get("AWS_PROFILE") or None)
     try:
@@ -85,7 +85,7 @@ def resolve_region(region: str | None, session: _Session | None, environ: Mappin
 def credential_source(session: _Session | None, environ: Mapping[str, str]) -> Callable[[], Credentials]:
     """A function that gives valid keys each time (it refreshes what expires); called from any thread.
 
-    Keys in the environment are used as they are (read again at each call, no SDK is loaded); else `session`'s chain.
+    Keys in the environment are used as they are (no SDK is loaded); else `session`'s chain.
     AccessDenied when there are none, StoreUnavailable when a service that hands them out does not answer.
     """
     if session is None:

@@ -306,7 +306,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _object(self, bucket: str, key: str) -> None:
         told = self.origin._lie_for("GET", key)
         if told is not None and self._common_lie(told):
-            return
+            return None
         lie = told.lie if told is not None else None
         found = self.origin.find(bucket, key)
         if found is None:
