@@ -64,7 +64,6 @@ def _answer(handler: Handler[P, T]) -> Handler[P, T]:
     trio.Cancelled passes: the server ends, the request is not answered and comes again by RESEND.
     """
 
-    @functools.wraps(handler)
     async def wrapper(self: "Operations", *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return await handler(self, *args, **kwargs)
@@ -79,6 +78,7 @@ def _answer(handler: Handler[P, T]) -> Handler[P, T]:
             logger.exception("unexpected error in %s", handler.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from None
 
+    functools.update_wrapper(wrapper, handler)
     return wrapper
 
 

@@ -140,10 +140,10 @@ class Passthrough:
     async def give_back_idle(self, is_open: Callable[[int], bool]) -> None:
         """Give back inherited ids of inodes that are not open and that the kernel has forgotten."""
         for inode, known in list(self._known.items()):
-            if known.inherited and not is_open(inode) and not await self._is_known(inode):
-                # Rechecked: it may have been opened while the kernel was asked.
-                if self._known.get(inode) is known and not is_open(inode):
-                    await self._give_back(inode, known)
+            if not known.inherited or is_open(inode) or await self._is_known(inode):
+                continue
+            if self._known.get(inode) is known and not is_open(inode):  # it may have been opened meanwhile
+                await self._give_back(inode, known)
 
     def has_inherited(self) -> bool:
         return any(known.inherited for known in self._known.values())
