@@ -64,7 +64,7 @@ def _answer(handler: Handler[P, T]) -> Handler[P, T]:
     trio.Cancelled passes: the server ends, the request is not answered and comes again by RESEND.
     """
 
-    async def wrapper(self: "Operations", *args: P.args, **kwargs: P.kwargs) -> T:
+    async def wrapper(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return await handler(self, *args, **kwargs)
         except pyfuse3.FUSEError:
