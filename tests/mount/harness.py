@@ -86,7 +86,7 @@ class Mounted:
 
     def call(self, method: str, **params: Any) -> Any:
         """Ask the control socket."""
-        return client.call(self.runtime_dir / "control.sock", method, params)
+        return client.call(self.runtime_dir, method, params)
 
     def status(self) -> dict[str, Any]:
         answer: dict[str, Any] = self.call("status")
