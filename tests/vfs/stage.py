@@ -173,6 +173,7 @@ class Mount:
                 ledger=ledger,
                 metrics=cache._metrics,
             )
+            await nursery.start(snapshots.run)
             await nursery.start(tree.run)
             await nursery.start(vfs.run)
             for number, store in enumerate(stores):
