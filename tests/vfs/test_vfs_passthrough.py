@@ -7,7 +7,6 @@ import pytest
 import trio
 
 from cachefs.errors import StaleInode
-from cachefs.kernel import wire
 from cachefs.ledger import Ledger, Mode
 from cachefs.openfiles import PASSTHROUGH_BIT, inode_of
 from tests.support.memory_store import MemoryStore
@@ -114,7 +113,7 @@ def test_next_server_keeps_the_mode_of_what_is_open(mount):
     store = MemoryStore({"cached": DATA, "direct": DATA[::-1]})
 
     async def main():
-        async with mount.server(store, kernel_disable=("passthrough",)) as stage:
+        async with mount.server(store, masked=True) as stage:
             await warm(stage, "cached")
             await warm(stage, "direct")
             cached, _ = await stage.open("cached")
@@ -217,17 +216,11 @@ def test_refused_backing_file_is_an_ordinary_open(mount):
 
 
 @pytest.mark.parametrize(
-    ("flags", "disabled", "word"),
-    [
-        (wire.INIT_FLAGS["init_ext"], (), "kernel"),
-        (None, ("passthrough",), "masked"),
-    ],
+    ("options", "word"), [({"offered": False}, "the kernel does not offer it"), ({"masked": True}, "kernel_disable")]
 )
-def test_reason_is_shown_when_files_are_not_read_by_the_kernel(tmp_path, flags, disabled, word):
-    mount = Mount(tmp_path, flags=flags)
-
+def test_reason_is_shown_when_files_are_not_read_by_the_kernel(mount, options, word):
     async def main():
-        async with mount.server(MemoryStore({"a": DATA}), kernel_disable=disabled) as stage:
+        async with mount.server(MemoryStore({"a": DATA}), **options) as stage:
             await warm(stage)
             _, handle = await stage.open("a")
             assert not is_passthrough(handle)
@@ -238,7 +231,6 @@ def test_reason_is_shown_when_files_are_not_read_by_the_kernel(tmp_path, flags, 
             await stage.vfs.release(handle)
 
     trio.run(main)
-    os.close(mount.ledger_fd)
 
 
 def test_self_check_that_cannot_read_its_file_is_a_reason_and_no_error(mount):
@@ -247,7 +239,7 @@ def test_self_check_that_cannot_read_its_file_is_a_reason_and_no_error(mount):
     async def main():
         async with mount.server(MemoryStore({"a": DATA})) as stage:
             (mount.state / "mnt").mkdir()
-            await stage.vfs.check_passthrough()
+            await stage.vfs.check_passthrough(mount.state / "mnt", mount.state / "blobs")
             enabled, reasons = stage.vfs.passthrough_state()
             assert not enabled
             assert "No such file" in reasons[0]
@@ -261,7 +253,7 @@ def test_refused_self_check_says_what_the_keeper_said(mount):
     async def main():
         async with mount.server(MemoryStore({"a": DATA})) as stage:
             stage.keeper.refuse = "Too many levels of symbolic links"
-            await stage.vfs.check_passthrough()
+            await stage.vfs.check_passthrough(mount.state / "mnt", mount.state / "blobs")
             assert stage.vfs.passthrough_state() == (False, ["Too many levels of symbolic links"])
 
     trio.run(main)
