@@ -188,27 +188,20 @@ def _entry(attributes: Attributes) -> pyfuse3.EntryAttributes:
     return entry
 
 
-class Stopper:
-    """Ends serve() from outside. For the trio thread."""
-
-    def __init__(self) -> None:
-        self.wanted = trio.Event()
-        self.grace_s = HAND_OVER_GRACE_S
-
-    def stop(self, grace_s: float = HAND_OVER_GRACE_S) -> None:
-        """Take no more requests, give handlers `grace_s`, then leave the rest unanswered (RESEND brings it back)."""
-        self.grace_s = grace_s
-        self.wanted.set()
-
-
 async def serve(
-    vfs: Vfs, session: Session, stopper: Stopper, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    vfs: Vfs,
+    session: Session,
+    *,
+    stop: trio.Event | None = None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve the session until it is unmounted or `stopper` stops it. Started when requests are being answered.
+    """Serve the session until it is unmounted, or until `stop`: then no more requests are taken, handlers get
+    HAND_OVER_GRACE_S, and what is not answered comes again at the next server (RESEND).
 
-    The volumes must be in the tree, and `vfs` must have adopted and run. Raises RuntimeError, OSError when libfuse
-    or the device refuse. Once per process.
+    The volumes must be in the tree and `vfs.run` must run. Started when requests are answered and the mode of
+    sealed files is known. Raises RuntimeError, OSError when libfuse or the device refuse. Once per process.
     """
+    vfs.adopt(extension_built=SHIM_BUILT)
     # Without the shim a read that finds no request must wait in the kernel: pyfuse3 would end at EAGAIN.
     os.set_blocking(session.fuse_fd, not SHIM_BUILT)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -225,8 +218,9 @@ async def serve(
         raise
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_report, running, task_status)
-            nursery.start_soon(_stop_when_wanted, stopper, nursery.cancel_scope)
+            nursery.start_soon(_report, vfs, running, task_status)
+            if stop is not None:
+                nursery.start_soon(_stop_when_wanted, stop, nursery.cancel_scope)
             await pyfuse3.main(max_tasks=MAX_TASKS)
             nursery.cancel_scope.cancel()
     finally:
@@ -245,13 +239,14 @@ def _take_device(session: Session, device: int, running: trio.Event) -> None:
     running.set()
 
 
-async def _report(running: trio.Event, task_status: trio.TaskStatus[None]) -> None:
+async def _report(vfs: Vfs, running: trio.Event, task_status: trio.TaskStatus[None]) -> None:
     await running.wait()
+    await vfs.check_passthrough()
     task_status.started()
 
 
-async def _stop_when_wanted(stopper: Stopper, scope: trio.CancelScope) -> None:
-    await stopper.wanted.wait()
+async def _stop_when_wanted(stop: trio.Event, scope: trio.CancelScope) -> None:
+    await stop.wait()
     pyfuse3.terminate()
-    await trio.sleep(stopper.grace_s)
+    await trio.sleep(HAND_OVER_GRACE_S)
     scope.cancel()

@@ -93,6 +93,10 @@ class Passthrough:
             self._known[backing.node] = _Known(backing.backing_id, backing.device, backing.inode, inherited=True)
         self._refused_logged = False
 
+    def disable(self, reason: str) -> None:
+        """Not tried from now on; the first reason stays."""
+        self.reason = self.reason or reason
+
     @property
     def enabled(self) -> bool:
         return not self.reason
@@ -225,12 +229,10 @@ async def _collect(stream: trio.abc.ReceiveStream | None, into: bytearray) -> No
         into += part
 
 
-def unavailable_reason(*, masked: bool, extension_built: bool, offered: bool) -> str:
+def unavailable_reason(*, masked: bool, offered: bool) -> str:
     """Why passthrough cannot even be tried, or ""."""
     if masked:
         return "masked in the configuration (kernel_disable)"
-    if not extension_built:
-        return "the extension module _fuseshim is not built"
     if not offered:
         return f"the kernel does not offer it (Linux 6.9 or newer; this is {os.uname().release})"
     return ""

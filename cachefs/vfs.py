@@ -3,18 +3,19 @@
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import trio
 
 from cachefs.chunk import ObjectId, chunk_spans
 from cachefs.errors import CachefsError, IsADirectory, NotADirectory, NotFound, ObjectChanged, ReadOnly, StaleInode
+from cachefs.kernel.wire import features
 from cachefs.ledger import Ledger, Mode
+from cachefs.link import KeeperLink
 from cachefs.metrics import Metrics
 from cachefs.notifier import Notifier
 from cachefs.openfiles import OpenFiles, OpenInode, inode_of, passthrough_handle
-from cachefs.passthrough import SELF_CHECK_INODE, SWEEP_INTERVAL_S, BackingReplaced, Passthrough
+from cachefs.passthrough import SELF_CHECK_INODE, SWEEP_INTERVAL_S, BackingReplaced, Passthrough, unavailable_reason
 from cachefs.prefetch import Prefetcher
 from cachefs.store import Store
 from cachefs.tree import ROOT_INODE, Node, Tree
@@ -50,6 +51,9 @@ class Cache(Protocol):
     on_sealed: Callable[[ObjectId], None]
 
     async def read(self, store: Store, object_id: ObjectId, offset: int, length: int) -> bytes | memoryview: ...
+    def offer(self, store: Store, object_id: ObjectId, index: int) -> bool: ...
+    async def ensure(self, store: Store, object_id: ObjectId, index: int) -> None: ...
+    async def open_sealed(self, object_id: ObjectId) -> int | None: ...
     def is_local(self, object_id: ObjectId, index: int) -> bool: ...
     def is_sealed(self, object_id: ObjectId) -> bool: ...
     def note_open(self, object_id: ObjectId) -> None: ...
@@ -92,16 +96,20 @@ class Vfs:
         tree: Tree,
         cache: Cache,
         notifier: Notifier,
-        passthrough: Passthrough,
-        prefetcher: Prefetcher,
+        link: KeeperLink,
         ledger: Ledger,
         metrics: Metrics,
     ) -> None:
         self._tree = tree
         self._cache = cache
         self._notifier = notifier
-        self._passthrough = passthrough
-        self._prefetcher = prefetcher
+        self._config = link.session.config
+        disabled = self._config.server.kernel_disable
+        reason = unavailable_reason(
+            masked="passthrough" in disabled, offered="passthrough" in features(link.session.init, disabled)
+        )
+        self._passthrough = Passthrough(link, cache, notifier.is_known, reason)
+        self._prefetcher = Prefetcher(cache)
         self._ledger = ledger
         self._metrics = metrics
         self._files = OpenFiles(ledger, cache)
@@ -115,8 +123,10 @@ class Vfs:
 
     # Life
 
-    def adopt(self) -> None:
+    def adopt(self, *, extension_built: bool) -> None:
         """Take over what an earlier server of this mount had open. The volumes must be in the tree."""
+        if not extension_built:
+            self._passthrough.disable("the extension module _fuseshim is not built")
         nodes: dict[int, Node | None] = {}
         for entry in self._ledger.entries():
             try:
@@ -140,12 +150,13 @@ class Vfs:
             finally:
                 self._nursery = None  # the cache drains after us, and seals objects while it does
 
-    async def check_passthrough(self, mountpoint: Path, directory: Path) -> None:
+    async def check_passthrough(self) -> None:
         """See Passthrough.check(). Once per mount: a restarted server must serve at once."""
         assert self._nursery is not None
         if self._ledger.passthrough_checked:
             return
-        await self._passthrough.check(mountpoint, directory, self._nursery)
+        directory = self._config.server.state_dir / "blobs"
+        await self._passthrough.check(self._config.mountpoint, directory, self._nursery)
         if self._passthrough.enabled:
             self._ledger.note_passthrough_checked()
 

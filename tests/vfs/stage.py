@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
@@ -9,22 +10,27 @@ from typing import Any, cast
 import trio
 
 from cachefs.cache import ChunkCache
-from cachefs.config import VolumeConfig
-from cachefs.kernel.session import Backing
+from cachefs.config import MountConfig, VolumeConfig
+from cachefs.kernel import wire
+from cachefs.kernel.session import Backing, Session
 from cachefs.ledger import Ledger
-from cachefs.link import PassthroughRefused
+from cachefs.link import KeeperLink, PassthroughRefused
 from cachefs.notifier import Notifier
 from cachefs.offload import Offload
-from cachefs.passthrough import Passthrough, unavailable_reason
-from cachefs.prefetch import Prefetcher
 from cachefs.snapshot import Snapshots
 from cachefs.store import Store
 from cachefs.tree import Tree
 from cachefs.vfs import Attributes, Vfs
-from tests.support.caches import opened_cache
+from tests.support.caches import config_for, opened_cache
 from tests.support.memory_store import MemoryStore
 
 LEDGER_BYTES = 64 * 1024
+
+
+def kernel_init(flags: int = sum(wire.INIT_FLAGS.values()) | wire.HAS_RESEND) -> bytes:
+    """An INIT request of a kernel that offers `flags`."""
+    body = struct.pack("=IIIII44x", 7, 45, 131072, flags & 0xFFFFFFFF, flags >> 32)
+    return wire.IN_HEADER.pack(wire.IN_HEADER.size + len(body), wire.OPCODE_INIT, 1, 0, 0, 0, 0, 0, 0) + body
 
 
 class FakeKeeper:
@@ -40,7 +46,8 @@ class FakeKeeper:
 class FakeLink:
     """KeeperLink's methods over a FakeKeeper."""
 
-    def __init__(self, keeper: FakeKeeper) -> None:
+    def __init__(self, keeper: FakeKeeper, session: Session) -> None:
+        self.session = session
         self._keeper = keeper
 
     def backings(self) -> tuple[Backing, ...]:
@@ -132,31 +139,37 @@ class Stage:
 class Mount:
     """What outlives servers: the keeper and the ledger."""
 
-    def __init__(self, state: Path, *, at_root: bool = False) -> None:
+    def __init__(self, state: Path, *, flags: int | None = None, at_root: bool = False) -> None:
         self.state = state
         self.at_root = at_root
         self.keeper = FakeKeeper()
         self.ledger_fd = os.memfd_create("ledger")
         os.ftruncate(self.ledger_fd, LEDGER_BYTES)
+        self.init = kernel_init() if flags is None else kernel_init(flags)
+        self.generation = 0
 
     @contextlib.asynccontextmanager
     async def server(
-        self, *stores: MemoryStore, drain: bool = True, masked: bool = False, offered: bool = True, **options: Any
+        self, *stores: MemoryStore, drain: bool = True, kernel_disable: tuple[str, ...] = (), **options: Any
     ) -> AsyncIterator[Stage]:
         """One server over volumes v0, v1, ... (one: at the FUSE root). `drain=False` is a SIGKILL."""
         async with opened_cache(self.state, drain=drain, **options) as cache, trio.open_nursery() as nursery:
             offload = Offload()
             snapshots = Snapshots(cache._index, offload, session="one")
             tree = Tree(cache._index, offload, snapshots, volumes_at_root=self.at_root)
-            reason = unavailable_reason(masked=masked, extension_built=True, offered=offered)
+            server = config_for(self.state, kernel_disable=kernel_disable)
+            config = MountConfig(
+                server=server, volumes=(), mountpoint=self.state / "mnt", as_root=self.at_root, session="one"
+            )
+            session = Session(-1, self.init, self.generation > 0, self.generation, (), config, 1)
+            self.generation += 1
             notifier = FakeNotifier()
             ledger = Ledger(self.ledger_fd)
             vfs = Vfs(
                 tree=tree,
                 cache=cache,
                 notifier=cast(Notifier, notifier),
-                passthrough=Passthrough(FakeLink(self.keeper), cache, notifier.is_known, reason),
-                prefetcher=Prefetcher(cache),
+                link=cast(KeeperLink, FakeLink(self.keeper, session)),
                 ledger=ledger,
                 metrics=cache._metrics,
             )
@@ -166,7 +179,7 @@ class Mount:
             for number, store in enumerate(stores):
                 name = f"v{number}"
                 await tree.add_volume(VolumeConfig(name=name, source=store.url, uid=11, gid=12), cast(Store, store))
-            vfs.adopt()
+            vfs.adopt(extension_built=True)
             yield Stage(vfs, tree, cache, self.keeper, notifier)
             vfs.check_invariants()
             nursery.cancel_scope.cancel()

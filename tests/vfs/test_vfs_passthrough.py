@@ -7,6 +7,7 @@ import pytest
 import trio
 
 from cachefs.errors import StaleInode
+from cachefs.kernel import wire
 from cachefs.ledger import Ledger, Mode
 from cachefs.openfiles import PASSTHROUGH_BIT, inode_of
 from tests.support.memory_store import MemoryStore
@@ -113,7 +114,7 @@ def test_next_server_keeps_the_mode_of_what_is_open(mount):
     store = MemoryStore({"cached": DATA, "direct": DATA[::-1]})
 
     async def main():
-        async with mount.server(store, masked=True) as stage:
+        async with mount.server(store, kernel_disable=("passthrough",)) as stage:
             await warm(stage, "cached")
             await warm(stage, "direct")
             cached, _ = await stage.open("cached")
@@ -216,11 +217,17 @@ def test_refused_backing_file_is_an_ordinary_open(mount):
 
 
 @pytest.mark.parametrize(
-    ("options", "word"), [({"offered": False}, "the kernel does not offer it"), ({"masked": True}, "kernel_disable")]
+    ("flags", "disabled", "word"),
+    [
+        (wire.INIT_FLAGS["init_ext"], (), "kernel"),
+        (None, ("passthrough",), "masked"),
+    ],
 )
-def test_reason_is_shown_when_files_are_not_read_by_the_kernel(mount, options, word):
+def test_reason_is_shown_when_files_are_not_read_by_the_kernel(tmp_path, flags, disabled, word):
+    mount = Mount(tmp_path, flags=flags)
+
     async def main():
-        async with mount.server(MemoryStore({"a": DATA}), **options) as stage:
+        async with mount.server(MemoryStore({"a": DATA}), kernel_disable=disabled) as stage:
             await warm(stage)
             _, handle = await stage.open("a")
             assert not is_passthrough(handle)
@@ -231,6 +238,7 @@ def test_reason_is_shown_when_files_are_not_read_by_the_kernel(mount, options, w
             await stage.vfs.release(handle)
 
     trio.run(main)
+    os.close(mount.ledger_fd)
 
 
 def test_self_check_that_cannot_read_its_file_is_a_reason_and_no_error(mount):
@@ -239,7 +247,7 @@ def test_self_check_that_cannot_read_its_file_is_a_reason_and_no_error(mount):
     async def main():
         async with mount.server(MemoryStore({"a": DATA})) as stage:
             (mount.state / "mnt").mkdir()
-            await stage.vfs.check_passthrough(mount.state / "mnt", mount.state / "blobs")
+            await stage.vfs.check_passthrough()
             enabled, reasons = stage.vfs.passthrough_state()
             assert not enabled
             assert "No such file" in reasons[0]
@@ -253,7 +261,7 @@ def test_refused_self_check_says_what_the_keeper_said(mount):
     async def main():
         async with mount.server(MemoryStore({"a": DATA})) as stage:
             stage.keeper.refuse = "Too many levels of symbolic links"
-            await stage.vfs.check_passthrough(mount.state / "mnt", mount.state / "blobs")
+            await stage.vfs.check_passthrough()
             assert stage.vfs.passthrough_state() == (False, ["Too many levels of symbolic links"])
 
     trio.run(main)
