@@ -9,7 +9,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -52,6 +52,15 @@ def processes(commands: Sequence[Sequence[str]]) -> Iterator[list["subprocess.Po
         for process in started:
             process.kill()
             process.communicate()
+
+
+def errno_of(attempt: Callable[[], object]) -> int:
+    """What an attempt fails with; 0 when it does not."""
+    try:
+        attempt()
+    except OSError as exc:
+        return exc.errno or 0
+    return 0
 
 
 def sha256(data: bytes) -> str:
@@ -182,13 +191,15 @@ def test_far_end_of_a_huge_object(tmp_path: Path, origin: LyingServer) -> None:
         file.seek(size - 3)
         file.write(b"end")
     origin.put("models", "m/huge", huge)
-    with mounted(tmp_path, volume("m", "s3://models/m", origin.endpoint_url)) as mount:
-        with (mount.path() / "huge").open("rb") as file:
-            assert os.fstat(file.fileno()).st_size == size
-            file.seek(size - 5)
-            assert file.read() == b"\0\0end"
-            file.seek(50 * 1024 * MIB)
-            assert file.read(10) == bytes(10)
+    with (
+        mounted(tmp_path, volume("m", "s3://models/m", origin.endpoint_url)) as mount,
+        (mount.path() / "huge").open("rb") as file,
+    ):
+        assert os.fstat(file.fileno()).st_size == size
+        file.seek(size - 5)
+        assert file.read() == b"\0\0end"
+        file.seek(50 * 1024 * MIB)
+        assert file.read(10) == bytes(10)
 
 
 def test_tree_is_read_only(tmp_path: Path, origin: LyingServer) -> None:
@@ -207,12 +218,8 @@ def test_tree_is_read_only(tmp_path: Path, origin: LyingServer) -> None:
             lambda: os.setxattr(path, "user.x", b"y"),
         ]
         for attempt in attempts:
-            with pytest.raises(OSError, match=".") as caught:
-                attempt()
-            assert caught.value.errno == errno.EROFS
-        with pytest.raises(OSError, match=".") as caught:
-            os.getxattr(path, "user.x")
-        assert caught.value.errno in (errno.ENOTSUP, errno.ENODATA)
+            assert errno_of(attempt) == errno.EROFS
+        assert errno_of(lambda: os.getxattr(path, "user.x")) in (errno.ENOTSUP, errno.ENODATA)
         assert path.read_bytes() == b"bytes"
         assert (path.stat().st_uid, path.stat().st_gid) == (1234, 2345)
         with pytest.raises(FileNotFoundError):
@@ -230,9 +237,7 @@ def test_object_that_changes_under_an_open_handle_is_never_mixed(tmp_path: Path,
         with path.open("rb", buffering=0) as handle:
             assert handle.read(4096) == old[:4096]
             origin.put("models", "m/a", new)
-            with pytest.raises(OSError, match=".") as caught:
-                os.pread(handle.fileno(), 4096, 23 * CHUNK_BYTES)
-            assert caught.value.errno == errno.ESTALE
+            assert errno_of(lambda: os.pread(handle.fileno(), 4096, 23 * CHUNK_BYTES)) == errno.ESTALE
             assert os.pread(handle.fileno(), 4096, 0) == old[:4096]
         assert sha256(path.read_bytes()) == sha256(new)
 
