@@ -4,6 +4,7 @@ Everything lives in one temporary directory and on loopback, and is gone afterwa
 Exit code 0: every byte was right. 1: not, or a step failed. 2: this machine cannot run it.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +25,7 @@ from rich.table import Table
 
 from tests.support.s3 import SeaweedServer
 
-from .harness import cachefs_command, free_port, is_mounted, store_environment
+from .harness import cachefs_command, free_port, is_mounted, metric_sum, read_metrics, unmount
 
 BUCKET = "models"
 PREFIX = "minilm"
@@ -58,52 +58,51 @@ class Cachefs:
     def run(self, *arguments: str) -> str:
         """Standard output of `cachefs ARGUMENTS`; raises DemoFailed with what it said."""
         command = [*cachefs_command(), *arguments, "--state-dir", str(self._state)]
-        done = subprocess.run(
-            command, env=self._environment, capture_output=True, text=True, timeout=STEP_SECONDS_MAX, check=False
+        # A session of its own: Ctrl-C ends the demo, which then lets a mount that is under way come up and unmounts it.
+        process = subprocess.Popen(
+            command,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
-        if done.returncode != 0:
-            said = (done.stderr or done.stdout).strip()
-            raise DemoFailed(f"`cachefs {' '.join(arguments)}` ended with {done.returncode}: {said}")
-        return done.stdout
+        try:
+            out, err = process.communicate(timeout=STEP_SECONDS_MAX)
+        except BaseException:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=30)
+            process.kill()
+            raise
+        if process.returncode != 0:
+            said = (err or out).strip()
+            raise DemoFailed(f"`cachefs {' '.join(arguments)}` ended with {process.returncode}: {said}")
+        return out
 
     @contextmanager
     def mounted(self) -> Iterator[float]:
         """The source is mounted; gives the seconds that it took. Unmounts."""
         started = time.perf_counter()
         source = f"s3://{BUCKET}/{PREFIX}"
-        self.run(
-            "mount", source, str(self.mountpoint), "--endpoint-url", self._endpoint_url, "--metrics", self._metrics
-        )
+        options = ("--endpoint-url", self._endpoint_url, "--metrics", self._metrics)
         try:
+            self.run("mount", source, str(self.mountpoint), *options)
             yield time.perf_counter() - started
-        finally:
-            self.unmount()
-
-    def unmount(self) -> None:
-        try:
             self.run("umount", str(self.mountpoint))
-        except (DemoFailed, subprocess.TimeoutExpired):
-            self.run("umount", "--lazy", str(self.mountpoint))
-
-    def status(self) -> dict[str, Any]:
-        answer: dict[str, Any] = json.loads(self.run("status", "--json"))
-        return answer
+        finally:
+            self.clean_up()
 
     def network_bytes(self) -> int:
         """Bytes that this server has fetched from the store."""
-        with urllib.request.urlopen(f"http://{self._metrics}/metrics", timeout=10) as response:
-            for line in response.read().decode().splitlines():
-                if line.startswith("cachefs_store_bytes_total "):
-                    return int(float(line.split()[1]))
-        raise DemoFailed("the metrics endpoint does not tell cachefs_store_bytes_total")
+        return int(metric_sum(read_metrics(self._metrics), "cachefs_store_bytes_total"))
 
     def clean_up(self) -> None:
-        """Whatever step it stopped at: nothing stays mounted."""
-        for command in ([*cachefs_command(), "umount", "--lazy"], ["fusermount3", "-u", "-z"], ["umount", "-l"]):
-            if not is_mounted(self.mountpoint):
-                return
-            if shutil.which(command[0]):
-                subprocess.run([*command, str(self.mountpoint)], env=self._environment, capture_output=True, check=False)
+        """Whatever step it stopped at: nothing stays mounted, no process stays."""
+        if is_mounted(self.mountpoint):
+            with contextlib.suppress(DemoFailed, subprocess.TimeoutExpired):
+                self.run("umount", "--lazy", str(self.mountpoint))
+        unmount(self.mountpoint)
 
 
 def upload(server: SeaweedServer, directory: Path) -> int:
@@ -128,7 +127,8 @@ def load(directory: Path) -> dict[str, Any]:
 
 def compare(name: str, got: dict[str, Any], original: dict[str, Any]) -> None:
     wrong = sorted(
-        key for key in got["digests"].keys() | original["digests"].keys()
+        key
+        for key in got["digests"].keys() | original["digests"].keys()
         if got["digests"].get(key) != original["digests"].get(key)
     )
     if wrong:
@@ -142,31 +142,27 @@ def demonstrate(work: Path, console: Console) -> None:
     console.print("starting an S3 server (SeaweedFS) with the model all-MiniLM-L6-v2 in it")
     with SeaweedServer(server_directory) as server:
         total = upload(server, model_directory())
-        cachefs = Cachefs(work, server.endpoint_url, store_environment(server))
+        cachefs = Cachefs(work, server.endpoint_url, server.env())
         rows = []
-        try:
-            for name in ("cold", "warm"):
-                console.print(f"mounting s3://{BUCKET}/{PREFIX} and loading it, {name}")
-                with cachefs.mounted() as mount_seconds:
-                    before = cachefs.network_bytes()
-                    got = load(cachefs.mountpoint)
-                    fetched = cachefs.network_bytes() - before
-                    volume = cachefs.status()["volumes"][0]
-                compare(name, got, original)
-                rows.append((name, mount_seconds, got, fetched, volume))
-        finally:
-            cachefs.clean_up()
+        for name in ("cold", "warm"):
+            console.print(f"mounting s3://{BUCKET}/{PREFIX} and loading it, {name}")
+            with cachefs.mounted() as mount_seconds:
+                before = cachefs.network_bytes()
+                got = load(cachefs.mountpoint)
+                fetched = cachefs.network_bytes() - before
+            compare(name, got, original)
+            rows.append((name, mount_seconds, got, fetched))
     show(console, rows, total)
     fetched_warm = rows[-1][3]
     if fetched_warm:
         raise DemoFailed(f"the warm load fetched {fetched_warm} bytes from the network: nothing should be")
 
 
-def show(console: Console, rows: list[tuple[str, float, dict[str, Any], int, dict[str, Any]]], total: int) -> None:
+def show(console: Console, rows: list[tuple[str, float, dict[str, Any], int]], total: int) -> None:
     table = Table(title=f"all-MiniLM-L6-v2, {total / 1e6:.1f} MB, {rows[0][2]['tensors']} tensors")
     for column in ("", "mount", "first byte", "load", "from network", "from cache"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    for name, mount_seconds, got, fetched, _volume in rows:
+    for name, mount_seconds, got, fetched in rows:
         table.add_row(
             name,
             f"{mount_seconds:.2f} s",
