@@ -1,4 +1,4 @@
-"""One bar per peer and workload, with the range of the rounds: `python -m benchmarks.plots RESULT.json` writes an SVG."""
+"""Bars per peer and workload with the range of the rounds: `python -m benchmarks.plots RESULT.json` writes an SVG."""
 
 import statistics
 import sys
