@@ -73,6 +73,16 @@ def unmount(path: Path) -> None:
             subprocess.run([*command, str(path)], capture_output=True, check=False)
 
 
+def descendants(pid: int) -> list[int]:
+    """The process and all that it started: some peers serve from a child."""
+    found = [pid]
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += descendants(int(child))
+    return found
+
+
 def processor_seconds(pids: Iterable[int]) -> float:
     """User and system time so far of these processes and of the children that they have waited for."""
     ticks = 0

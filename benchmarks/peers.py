@@ -14,6 +14,7 @@ from .harness import (
     PREFIX,
     BenchError,
     cachefs_command,
+    descendants,
     free_port,
     is_mounted,
     metric_sum,
@@ -158,7 +159,7 @@ class Foreground:
         read_whole(path)
 
     def pids(self) -> list[int]:
-        return [self._process.pid] if self._process else []
+        return descendants(self._process.pid) if self._process else []
 
     def upcalls(self) -> float | None:
         return None
