@@ -38,6 +38,10 @@ class Loop:
         self._environment = lmdb.open(str(work / "index"), map_size=1 << 30, metasync=False)
         self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[int, bytes] | BaseException] = queue.SimpleQueue()
+        # Page-aligned, as O_DIRECT wants it, touched before the first use and used again for every chunk.
+        self._buffers = [memoryview(mmap.mmap(-1, CHUNK_BYTES)) for _ in range(CONNECTIONS)]
+        for buffer in self._buffers:
+            buffer[:] = bytes(CHUNK_BYTES)
 
     def run(self) -> None:
         count = chunk_count(self._object_id.size)
@@ -45,17 +49,14 @@ class Loop:
             file.truncate(self._object_id.size)
         for index in range(count):
             self._todo.put(index)
-        threads = [threading.Thread(target=self._fetch, daemon=True) for _ in range(CONNECTIONS)]
+        threads = [threading.Thread(target=self._fetch, args=(buffer,), daemon=True) for buffer in self._buffers]
         for thread in threads:
             thread.start()
         self._commit(count)
 
-    def _fetch(self) -> None:
+    def _fetch(self, buffer: memoryview) -> None:
         direct = os.open(self._blob, os.O_WRONLY | os.O_DIRECT)
         buffered = os.open(self._blob, os.O_WRONLY)
-        # Page-aligned, as O_DIRECT wants it, touched before the first use and used again for every chunk.
-        buffer = memoryview(mmap.mmap(-1, CHUNK_BYTES))
-        buffer[:] = bytes(CHUNK_BYTES)
         try:
             while True:
                 index = self._todo.get_nowait()

@@ -66,6 +66,7 @@ ERRNO_AT_SYSTEM_CALLS = {
     "cachefs/blobs.py",
     "cachefs/committer.py",
     "cachefs/sealing.py",
+    "cachefs/state.py",
 }
 
 
