@@ -151,6 +151,14 @@ def test_links_between_documents_lead_somewhere(path: Path) -> None:
         assert (path.parent / target).exists(), target
 
 
+def test_architecture_names_every_layer() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in settings if contract["type"] == "layers")
+    wanted = {name for layer in layers for name in re.findall(r"\w+", layer)}
+    shown = set(re.findall(r"\w+", (ROOT / "ARCHITECTURE.md").read_text().split("## Layers")[1]))
+    assert wanted <= shown
+
+
 def test_version_is_said_once_and_in_the_changelog() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
