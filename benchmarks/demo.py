@@ -18,14 +18,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
 from tests.support.s3 import SeaweedServer
 
-from .harness import cachefs_command, free_port, is_mounted, metric_sum, read_metrics, unmount
+from .harness import BenchError, cachefs_command, free_port, is_mounted, metric_sum, read_metrics, unmount
 
 BUCKET = "models"
 PREFIX = "minilm"
@@ -135,45 +135,66 @@ def compare(name: str, got: dict[str, Any], original: dict[str, Any]) -> None:
         raise DemoFailed(f"{name} load: {len(wrong)} of {len(original['digests'])} differ, first {wrong[0]}")
 
 
+class Row(NamedTuple):
+    """What one mount and load of the model took."""
+
+    name: str
+    mount_seconds: float
+    got: dict[str, Any]
+    fetched_bytes: int
+
+
 def demonstrate(work: Path, console: Console) -> None:
     original = load(model_directory())
     server_directory = work / "server"
     server_directory.mkdir()
     console.print("starting an S3 server (SeaweedFS) with the model all-MiniLM-L6-v2 in it")
+    failure: BaseException | None = None
+    rows: list[Row] = []
     with SeaweedServer(server_directory) as server:
-        total = upload(server, model_directory())
-        cachefs = Cachefs(work, server.endpoint_url, server.env())
-        rows = []
-        for name in ("cold", "warm"):
-            console.print(f"mounting s3://{BUCKET}/{PREFIX} and loading it, {name}")
-            with cachefs.mounted() as mount_seconds:
-                before = cachefs.network_bytes()
-                got = load(cachefs.mountpoint)
-                fetched = cachefs.network_bytes() - before
-            compare(name, got, original)
-            rows.append((name, mount_seconds, got, fetched))
+        # Kept until the server has stopped: it shows its whole log when it sees an exception pass.
+        try:
+            total = upload(server, model_directory())
+            cachefs = Cachefs(work, server.endpoint_url, server.env())
+            for name in ("cold", "warm"):
+                console.print(f"mounting s3://{BUCKET}/{PREFIX} and loading it, {name}")
+                rows.append(measure(name, cachefs, original))
+        except (DemoFailed, BenchError, OSError, subprocess.TimeoutExpired, KeyboardInterrupt) as exc:
+            failure = exc
+    if failure is not None:
+        raise failure
     show(console, rows, total)
-    fetched_warm = rows[-1][3]
-    if fetched_warm:
-        raise DemoFailed(f"the warm load fetched {fetched_warm} bytes from the network: nothing should be")
+    if rows[-1].fetched_bytes:
+        raise DemoFailed(f"the warm load fetched {rows[-1].fetched_bytes} bytes from the network: nothing should be")
 
 
-def show(console: Console, rows: list[tuple[str, float, dict[str, Any], int]], total: int) -> None:
-    table = Table(title=f"all-MiniLM-L6-v2, {total / 1e6:.1f} MB, {rows[0][2]['tensors']} tensors")
+def measure(name: str, cachefs: Cachefs, original: dict[str, Any]) -> Row:
+    """Mounts, loads, unmounts, compares."""
+    with cachefs.mounted() as mount_seconds:
+        before = cachefs.network_bytes()
+        got = load(cachefs.mountpoint)
+        fetched_bytes = cachefs.network_bytes() - before
+    compare(name, got, original)
+    return Row(name, mount_seconds, got, fetched_bytes)
+
+
+def show(console: Console, rows: list[Row], total: int) -> None:
+    tensors = rows[0].got["tensors"]
+    table = Table(title=f"all-MiniLM-L6-v2, {total / 1e6:.1f} MB, {tensors} tensors")
     for column in ("", "mount", "first byte", "load", "from network", "from cache"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    for name, mount_seconds, got, fetched in rows:
+    for row in rows:
         table.add_row(
-            name,
-            f"{mount_seconds:.2f} s",
-            f"{got['first_byte_seconds'] * 1e3:.1f} ms",
-            f"{got['load_seconds']:.2f} s",
-            f"{fetched / 1e6:.1f} MB",
-            f"{max(0, got['bytes'] - fetched) / 1e6:.1f} MB",
+            row.name,
+            f"{row.mount_seconds:.2f} s",
+            f"{row.got['first_byte_seconds'] * 1e3:.1f} ms",
+            f"{row.got['load_seconds']:.2f} s",
+            f"{row.fetched_bytes / 1e6:.1f} MB",
+            f"{max(0, row.got['bytes'] - row.fetched_bytes) / 1e6:.1f} MB",
         )
     console.print(table)
-    files = sum(":" not in name for name in rows[0][2]["digests"])
-    console.print(f"every byte was right: {rows[0][2]['tensors']} tensors and {files} files compared, cold and warm")
+    files = len(rows[0].got["digests"]) - tensors
+    console.print(f"every byte was right: {tensors} tensors and {files} files compared, cold and warm")
 
 
 def main() -> int:
@@ -194,10 +215,10 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("demo: interrupted, cleaned up", style="red")
         return 130
-    except (DemoFailed, subprocess.TimeoutExpired, OSError) as exc:
-        console.print(f"demo: {exc}", style="red", markup=False)
+    except (DemoFailed, BenchError, subprocess.TimeoutExpired, OSError) as exc:
+        console.print(f"demo: {exc}", style="red", markup=False, soft_wrap=True)
         for log in sorted((work / "state" / "log").glob("*.log")):
-            console.print(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}", markup=False)
+            console.print(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}", markup=False, soft_wrap=True)
         return 1
     finally:
         if is_mounted(work / "mnt"):
