@@ -5,14 +5,10 @@ for itself. So `warm`, `evict`, ... are the same code in both.
 """
 
 import contextlib
-import errno
-import fcntl
 import logging
-import os
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,7 +18,7 @@ from cachefs.cache import ChunkCache
 from cachefs.cached import Pin
 from cachefs.chunk import ObjectId, chunk_count, chunk_length
 from cachefs.config import ServerConfig, VolumeConfig
-from cachefs.errors import CachefsError, NotFound, StateBusy, UsageError, WorkFailed
+from cachefs.errors import CachefsError, NotFound, WorkFailed
 from cachefs.index import Index
 from cachefs.metrics import Metrics
 from cachefs.offload import Offload
@@ -33,50 +29,18 @@ from cachefs.tier.local import LocalTier
 
 log = logging.getLogger(__name__)
 
-LOCK_NAME = "lock"
 _PROBE_NAME = "x"
 WARM_CHUNKS = 16
 """Chunks that one warm has in flight: real-S3 speed needs 16 GETs at once."""
 Progress = Callable[[dict[str, Any]], None]
 
 
-@contextlib.contextmanager
-def state_lock(state_dir: Path, *, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold the state directory. Raises StateBusy when another live process does for longer than `wait_s`."""
-    try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(state_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        raise UsageError(
-            f"the state directory {state_dir} is not usable ({exc.strerror}): give another one with --state-dir"
-        ) from exc
-    try:
-        deadline = time.monotonic() + wait_s
-        while not _try_lock(descriptor):
-            if time.monotonic() >= deadline:
-                holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-                raise StateBusy(
-                    f"the state directory {state_dir} is in use by another server or command (process {holder}): "
-                    "unmount it first, or give another one with --state-dir"
-                )
-            time.sleep(0.05)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as exc:
-        if exc.errno == errno.ENOLCK:
-            raise UsageError("the file system of the state directory has no locks: give another --state-dir") from exc
-        raise
-    return True
+def first_error(error: BaseException) -> BaseException:
+    """The reason inside the groups that nurseries raise: one of ours if there is one."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [first_error(inner) for inner in error.exceptions]
+    return next((leaf for leaf in leaves if isinstance(leaf, CachefsError)), leaves[0])
 
 
 class Source(msgspec.Struct, frozen=True):

@@ -15,7 +15,7 @@ from typing import Any
 import trio
 
 from cachefs import control, logs
-from cachefs.core import Core, open_core, state_lock
+from cachefs.core import Core, first_error, open_core
 from cachefs.errors import CachefsError, WorkFailed
 from cachefs.fuse import serve as serve_fuse
 from cachefs.ledger import Ledger
@@ -23,6 +23,7 @@ from cachefs.link import KeeperLink
 from cachefs.metrics import Metrics, serve_metrics
 from cachefs.notifier import Notifier
 from cachefs.server import Server
+from cachefs.state import state_lock
 from cachefs.tree import Tree
 from cachefs.vfs import Vfs
 
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> int:
         with state_lock(server.state_dir, wait_s=LOCK_WAIT_S if link.session.generation else 0.0):
             trio.run(functools.partial(_run, link), restrict_keyboard_interrupt_to_checkpoints=True)
     except BaseException as exc:
-        error = _first_error(exc)
+        error = first_error(exc)
         if isinstance(error, CachefsError):
             log.error("%s", error)
         else:
@@ -58,18 +59,10 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _first_error(error: BaseException) -> BaseException:
-    """The reason inside groups of a nursery: one of ours if there is one."""
-    if not isinstance(error, BaseExceptionGroup):
-        return error
-    leaves = [_first_error(inner) for inner in error.exceptions]
-    return next((leaf for leaf in leaves if isinstance(leaf, CachefsError)), leaves[0])
-
-
 async def _run(link: KeeperLink) -> None:
     config = link.session.config
     ledger = Ledger(link.session.ledger_fd)
-    metrics = Metrics(ledger.values)
+    metrics = Metrics(ledger.counters)
     async with open_core(config.server, metrics, session=config.session) as core:
         tree = Tree(core.index, core.offload, core.snapshots, volumes_at_root=config.as_root)
         notifier = Notifier(link.session.fuse_fd)

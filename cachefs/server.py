@@ -122,6 +122,7 @@ class Server:
         return {
             **work_methods(self._core),
             "ping": self._ping,
+            "volumes": self._volumes,
             "status": self._status,
             "volume_add": self._volume_add,
             "volume_remove": self._volume_remove,
@@ -130,7 +131,23 @@ class Server:
         }
 
     async def _ping(self, params: Params, progress: Progress, caller: Caller) -> dict[str, Any]:
-        return {"pid": os.getpid(), "keeper_pid": self._link.session.keeper_pid, "version": __version__}
+        session = self._link.session
+        return {
+            "pid": os.getpid(),
+            "keeper_pid": session.keeper_pid,
+            "version": __version__,
+            "restarts": session.generation,
+            "upgrade_result": session.upgrade_result,
+        }
+
+    async def _volumes(self, params: Params, progress: Progress, caller: Caller) -> dict[str, Any]:
+        """Names and sources; cheaper than status."""
+        volumes = self._core.volumes.values()
+        return {
+            "as_root": self._config.as_root,
+            "mountpoint": str(self._config.mountpoint),
+            "volumes": [{"name": volume.name, "source": volume.config.source} for volume in volumes],
+        }
 
     def exposition(self) -> bytes:
         """A scrape's answer, with the gauges as they are now."""
