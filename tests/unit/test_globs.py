@@ -1,0 +1,121 @@
+"""Include and exclude patterns."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cachefs.errors import UsageError
+from cachefs.globs import Globs
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "shown"),
+    [
+        ("*.safetensors", "model.safetensors", True),
+        ("*.safetensors", "a/b/model.safetensors", True),
+        ("*.safetensors", "model.safetensors.bak", False),
+        ("*.safetensors", "model.bin", False),
+        ("config.json", "sub/config.json", True),
+        ("/config.json", "config.json", True),
+        ("/config.json", "sub/config.json", False),
+        ("onnx/*.onnx", "onnx/m.onnx", True),
+        ("onnx/*.onnx", "onnx/deep/m.onnx", False),
+        ("onnx/*.onnx", "x/onnx/m.onnx", False),
+        ("**/x", "x", True),
+        ("**/x", "a/b/x", True),
+        ("**/x", "a/b/xx", False),
+        ("**/x", "a/x/under", True),
+        ("a/**/b", "a/b", True),
+        ("a/**/b", "a/1/2/b", True),
+        ("a/**/b", "a/1/2/c", False),
+        ("logs/**", "logs/1/2", True),
+        ("logs/**", "logs", False),
+        ("**", "any/thing", True),
+        ("tokenizer", "tokenizer/vocab.txt", True),
+        ("tokenizer/", "tokenizer/vocab.txt", True),
+        ("tokenizer/", "tokenizer", False),
+        ("tokenizer/", "a/tokenizer/vocab.txt", True),
+        ("shard-?.bin", "shard-1.bin", True),
+        ("shard-?.bin", "shard-12.bin", False),
+        ("shard-[0-3].bin", "shard-2.bin", True),
+        ("shard-[!0-3].bin", "shard-2.bin", False),
+        ("shard-[!0-3].bin", "shard-7.bin", True),
+        ("a[/]b", "a/b", False),
+        ("[", "[", True),
+        ("[]]", "]", True),
+        ("a^b+(c)", "a^b+(c)", True),
+        ("[^a]", "^", True),
+        ("A*", "abc", False),
+        ("*", "line\nbreak", True),
+    ],
+)
+def test_include_pattern(pattern: str, path: str, shown: bool) -> None:
+    assert Globs(include=[pattern]).shows_file(path) is shown
+
+
+def test_without_patterns_everything_is_shown() -> None:
+    assert Globs().shows_all
+    assert Globs().shows_file("a/b")
+    assert Globs().shows_directory("a")
+
+
+def test_exclude_wins_over_include() -> None:
+    globs = Globs(include=["*.bin"], exclude=["secret.bin", "tmp/"])
+    assert globs.shows_file("a.bin")
+    assert not globs.shows_file("secret.bin")
+    assert not globs.shows_file("x/tmp/a.bin")
+    assert not globs.shows_directory("tmp")
+    assert globs.shows_file("tmp.bin")
+
+
+def test_excluded_directory_hides_all_under_it() -> None:
+    globs = Globs(exclude=["onnx"])
+    assert not globs.shows_directory("onnx")
+    assert not globs.shows_directory("onnx/deep")
+    assert not globs.shows_file("onnx/deep/m.onnx")
+    assert globs.shows_directory("onnx2")
+
+
+def test_exclude_of_what_is_under_a_directory_keeps_the_directory() -> None:
+    globs = Globs(exclude=["logs/**"])
+    assert globs.shows_directory("logs")
+    assert not globs.shows_file("logs/a")
+
+
+def test_directories_that_may_lead_to_an_included_file_are_shown() -> None:
+    assert Globs(include=["*.bin"]).shows_directory("any/where")
+    anchored = Globs(include=["a/*/c.bin"])
+    assert anchored.shows_directory("a")
+    assert anchored.shows_directory("a/b")
+    assert not anchored.shows_directory("b")
+    assert not anchored.shows_directory("a/b/c")
+    deep = Globs(include=["a/**/c.bin"])
+    assert deep.shows_directory("a/1/2/3")
+    assert not deep.shows_directory("b/1")
+
+
+@pytest.mark.parametrize("pattern", ["", "/", "//", "a//b", "[z-a]"])
+def test_patterns_without_sense_are_a_usage_error(pattern: str) -> None:
+    with pytest.raises(UsageError):
+        Globs(include=[pattern])
+
+
+def test_many_stars_do_not_blow_up() -> None:
+    globs = Globs(include=["*a" * 12 + "b", "/".join(["**", "a"] * 12) + "/b"])
+    started = time.monotonic()
+    assert not globs.shows_file("a" * 200)
+    assert not globs.shows_file("/".join(["a"] * 200))
+    assert time.monotonic() - started < 20
+
+
+_paths = st.lists(st.text("ab.*[]!?", min_size=1, max_size=4), min_size=1, max_size=4).map("/".join)
+
+
+@given(_paths, _paths)
+def test_a_shown_file_has_shown_directories(pattern: str, path: str) -> None:
+    for globs in (Globs(include=[pattern]), Globs(exclude=[pattern])):
+        if globs.shows_file(path):
+            parents = path.split("/")[:-1]
+            assert all(globs.shows_directory("/".join(parents[: n + 1])) for n in range(len(parents)))
