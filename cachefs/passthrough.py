@@ -1,0 +1,233 @@
+"""Files that the kernel reads by itself: may it, which backing ids are there, and do they work.
+
+Backing ids belong to the keeper, which hands the list to every new server. An id that this server registered is
+given back at the last RELEASE of its inode: with an id left, nobody could tell whether the blob is in use. For an
+id of an earlier server that count may be off by what a kill interrupted, so it is given back only once the kernel
+has forgotten the inode.
+"""
+
+import logging
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import trio
+
+from cachefs.chunk import ObjectId
+from cachefs.kernel.session import Backing
+from cachefs.link import PassthroughRefused
+
+SELF_CHECK_INODE = 2**32 - 1
+"""Never given out by the tree; only its name is looked up, it is in no listing."""
+
+SELF_CHECK_DEADLINE_S = 5.0
+SELF_CHECK_BYTES = 128 * 1024
+SWEEP_INTERVAL_S = 5.0
+PIPE_BYTES = 65536
+
+_READER = """
+import sys
+try:
+    with open(sys.argv[1], "rb", buffering=0) as file:
+        data = file.read()
+except OSError as exc:
+    sys.stderr.write(exc.strerror or "error")
+    sys.exit(3)
+sys.stdout.buffer.write(data)
+"""
+
+logger = logging.getLogger(__name__)
+
+
+class BackingReplaced(Exception):
+    """The inode is open through another blob than the one that is there now: it needs a new inode."""
+
+
+class Link(Protocol):
+    """The part of KeeperLink that is used here."""
+
+    def backings(self) -> tuple[Backing, ...]: ...
+    async def register(self, node: int, fd: int, object_key: str) -> int: ...
+    async def close_backing(self, backing_id: int) -> None: ...
+
+
+class SealedBlobs(Protocol):
+    """The part of ChunkCache that is used here."""
+
+    async def open_sealed(self, object_id: ObjectId) -> int | None: ...
+    def note_backing(self, object_id: ObjectId) -> None: ...
+
+
+class _Known(msgspec.Struct):
+    backing_id: int
+    device: int
+    inode: int
+    inherited: bool
+
+
+class SelfCheck(msgspec.Struct):
+    """The file of the check while it runs. `reads` counts READs that reached the server: there should be none."""
+
+    name: str
+    backing_id: int
+    data: bytes
+    reads: int = 0
+
+
+class Passthrough:
+    """`reason` says why files are not read by the kernel itself; "" when they are. For the trio thread."""
+
+    def __init__(self, link: Link, cache: SealedBlobs, is_known: Callable[[int], Awaitable[bool]], reason: str) -> None:
+        """`is_known`: has the kernel this inode still? `reason`: why it must not be tried, or ""."""
+        self._link = link
+        self._cache = cache
+        self._is_known = is_known
+        self.reason = reason
+        self.check_file: SelfCheck | None = None
+        self._known: dict[int, _Known] = {}
+        for backing in link.backings():
+            self._known[backing.node] = _Known(backing.backing_id, backing.device, backing.inode, inherited=True)
+        self._refused_logged = False
+
+    @property
+    def enabled(self) -> bool:
+        return not self.reason
+
+    async def open(self, inode: int, object_id: ObjectId, *, is_open: bool) -> int | None:
+        """The backing id to open `inode` with, or None: open it cached. The caller holds the inode's lock.
+
+        `is_open`: it is open in passthrough mode already. Raises BackingReplaced when only another blob is there.
+        """
+        fd = await self._cache.open_sealed(object_id)
+        if fd is None:
+            if is_open:
+                raise BackingReplaced
+            return None
+        try:
+            stat = os.fstat(fd)
+            known = self._known.get(inode)
+            if known is not None and (known.device, known.inode) == (stat.st_dev, stat.st_ino):
+                return known.backing_id
+            if is_open:
+                raise BackingReplaced
+            if known is not None:
+                await self._give_back(inode, known)
+            self._cache.note_backing(object_id)
+            backing_id = await self._link.register(inode, fd, object_id.key.hex())
+            self._known[inode] = _Known(backing_id, stat.st_dev, stat.st_ino, inherited=False)
+            return backing_id
+        except PassthroughRefused as exc:
+            if not self._refused_logged:
+                logger.warning("a file is read through the server, not by the kernel itself: %s", exc)
+                self._refused_logged = True
+            return None
+        finally:
+            os.close(fd)
+
+    async def closed(self, inode: int) -> None:
+        """The last RELEASE of a passthrough inode came. The caller holds the inode's lock."""
+        known = self._known.get(inode)
+        if known is not None and not known.inherited:
+            await self._give_back(inode, known)
+
+    async def give_back_idle(self, is_open: Callable[[int], bool]) -> None:
+        """Give back inherited ids of inodes that are not open and that the kernel has forgotten."""
+        for inode, known in list(self._known.items()):
+            if known.inherited and not is_open(inode) and not await self._is_known(inode):
+                # Rechecked: it may have been opened while the kernel was asked.
+                if self._known.get(inode) is known and not is_open(inode):
+                    await self._give_back(inode, known)
+
+    def has_inherited(self) -> bool:
+        return any(known.inherited for known in self._known.values())
+
+    async def _give_back(self, inode: int, known: _Known) -> None:
+        if self._known.get(inode) is known:
+            del self._known[inode]
+        await self._link.close_backing(known.backing_id)
+
+    # The self-check
+
+    async def check(self, mountpoint: Path, directory: Path, nursery: trio.Nursery) -> None:
+        """One passthrough open of a test file, by another process: no READ comes and the bytes are right, or the
+        mode is off and `reason` says why. The file lies in `directory` (of the local tier) while it is registered.
+
+        Never raises for what the kernel or the file system refuse; needs the FUSE loop to run.
+        """
+        if self.reason:
+            return
+        data = secrets.token_bytes(SELF_CHECK_BYTES)
+        name = f".cachefs-self-check-{secrets.token_hex(8)}"
+        path = directory / name
+        backing_id = 0
+        try:
+            with path.open("xb") as file:
+                file.write(data)
+            with path.open("rb", buffering=0) as file:
+                backing_id = await self._link.register(SELF_CHECK_INODE, file.fileno(), "self-check")
+            self.check_file = SelfCheck(name, backing_id, data)
+            self.reason = await self._read_back(mountpoint / name, self.check_file, nursery)
+        except PassthroughRefused as exc:
+            self.reason = str(exc)
+        except OSError as exc:
+            self.reason = f"the self-check could not be made: {exc.strerror or exc}"
+        finally:
+            self.check_file = None
+            path.unlink(missing_ok=True)
+            if backing_id:
+                await self._link.close_backing(backing_id)
+        if self.reason:
+            logger.warning("sealed files are read through the server, not by the kernel itself: %s", self.reason)
+
+    async def _read_back(self, path: Path, check: SelfCheck, nursery: trio.Nursery) -> str:
+        """Why the check failed, or ""."""
+        # A process, never a thread of this one: a system call on one's own mount waits for oneself.
+        command = [sys.executable, "-I", "-S", "-c", _READER, os.fspath(path)]
+        process = await trio.lowlevel.open_process(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/", start_new_session=True
+        )
+        got = bytearray()
+        said = bytearray()
+        done = False
+        try:
+            with trio.move_on_after(SELF_CHECK_DEADLINE_S):
+                async with trio.open_nursery() as readers:
+                    readers.start_soon(_collect, process.stdout, got)
+                    readers.start_soon(_collect, process.stderr, said)
+                await process.wait()
+                done = True
+        finally:
+            if not done:
+                process.kill()
+                nursery.start_soon(process.wait)  # one that hangs in the kernel must not hold up the start
+        if not done:
+            return f"the self-check got no answer in {SELF_CHECK_DEADLINE_S:.0f} s"
+        if process.returncode != 0:
+            return f"the self-check could not read its file: {said.decode(errors='replace').strip()[:200]}"
+        if check.reads:
+            return "the kernel asked the server for the bytes of a passthrough file"
+        if got != check.data:
+            return "the self-check read wrong bytes"
+        return ""
+
+
+async def _collect(stream: trio.abc.ReceiveStream | None, into: bytearray) -> None:
+    assert stream is not None
+    while len(into) <= SELF_CHECK_BYTES and (part := await stream.receive_some(PIPE_BYTES)):
+        into += part
+
+
+def unavailable_reason(*, masked: bool, extension_built: bool, offered: bool) -> str:
+    """Why passthrough cannot even be tried, or ""."""
+    if masked:
+        return "masked in the configuration (kernel_disable)"
+    if not extension_built:
+        return "the extension module _fuseshim is not built"
+    if not offered:
+        return f"the kernel does not offer it (Linux 6.9 or newer; this is {os.uname().release})"
+    return ""

@@ -1,0 +1,375 @@
+"""What the kernel sees: lookup, getattr, readdir, open, read, release. Decides nothing about bytes, knows no errno."""
+
+import logging
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import trio
+
+from cachefs.chunk import ObjectId, chunk_spans
+from cachefs.errors import CachefsError, IsADirectory, NotADirectory, NotFound, ObjectChanged, ReadOnly, StaleInode
+from cachefs.ledger import Ledger, Mode
+from cachefs.metrics import Metrics
+from cachefs.notifier import Notifier
+from cachefs.openfiles import PASSTHROUGH_BIT, OpenFiles, OpenInode, inode_of, passthrough_handle
+from cachefs.passthrough import SELF_CHECK_INODE, SWEEP_INTERVAL_S, BackingReplaced, Passthrough
+from cachefs.prefetch import Prefetcher
+from cachefs.store import Store
+from cachefs.tree import ROOT_INODE, Node, Tree
+
+WAITING_READS_MAX = 768
+"""Per volume, of the 1200 requests that are served at a time: one hung origin cannot take every slot."""
+
+REFRESH_INTERVAL_S = 1.0
+"""A directory is listed again at most so often, however many of its objects changed."""
+
+REFRESH_WAIT_S = 10.0
+"""How long a READ that met a changed object waits for the new listing before it fails: whoever opens the file
+again finds the new version. Longer, and the error would be late for nothing."""
+
+BLOCK_BYTES = 4096
+NAME_BYTES_MAX = 255
+
+logger = logging.getLogger(__name__)
+
+
+class Usage(Protocol):
+    """The part of cached.Usage that statfs needs."""
+
+    @property
+    def used_bytes(self) -> int: ...
+    @property
+    def capacity_bytes(self) -> int: ...
+
+
+class Cache(Protocol):
+    """The part of ChunkCache that the file system uses."""
+
+    on_sealed: Callable[[ObjectId], None]
+
+    async def read(self, store: Store, object_id: ObjectId, offset: int, length: int) -> bytes | memoryview: ...
+    def is_local(self, object_id: ObjectId, index: int) -> bool: ...
+    def is_sealed(self, object_id: ObjectId) -> bool: ...
+    def note_open(self, object_id: ObjectId) -> None: ...
+    def note_close(self, object_id: ObjectId) -> None: ...
+    def usage(self) -> Usage: ...
+
+
+class Attributes(NamedTuple):
+    """What stat(2) shows. `lasting`: the kernel may keep it until it is told otherwise."""
+
+    inode: int
+    is_directory: bool
+    size: int
+    modified_ns: int
+    uid: int
+    gid: int
+    lasting: bool = True
+
+
+class Opened(NamedTuple):
+    """The answer to OPEN. A passthrough handle must not ask for keep_cache (EIO)."""
+
+    handle: int
+    keep_cache: bool
+
+
+class FileSystemUsage(NamedTuple):
+    """Of the local tier, in blocks of BLOCK_BYTES."""
+
+    blocks: int
+    free_blocks: int
+
+
+class Vfs:
+    """One FUSE file system over the tree and the cache. Call adopt() before the first request, and run run()."""
+
+    def __init__(
+        self,
+        *,
+        tree: Tree,
+        cache: Cache,
+        notifier: Notifier,
+        passthrough: Passthrough,
+        prefetcher: Prefetcher,
+        ledger: Ledger,
+        metrics: Metrics,
+    ) -> None:
+        self._tree = tree
+        self._cache = cache
+        self._notifier = notifier
+        self.passthrough = passthrough
+        self._prefetcher = prefetcher
+        self._ledger = ledger
+        self._metrics = metrics
+        self._files = OpenFiles(ledger, cache)
+        self._listings: dict[int, Sequence[tuple[str, Node]]] = {}
+        """What an open directory handle reads from: offsets stay valid when the directory is refreshed meanwhile."""
+        self._listing_serial = 0
+        self._waiting: dict[str, trio.Semaphore] = {}
+        self._refreshes: dict[int, trio.Event] = {}
+        self._refreshed_s: dict[int, float] = {}
+        self._nursery: trio.Nursery | None = None
+
+    # Life
+
+    def adopt(self) -> None:
+        """Take over what an earlier server of this mount had open. The volumes must be in the tree."""
+        nodes: dict[int, Node | None] = {}
+        for entry in self._ledger.entries():
+            try:
+                nodes[entry.inode] = self._tree.node(entry.inode)
+            except CachefsError as exc:
+                logger.info("inode %d is open, but of no volume that is mounted: %s", entry.inode, exc)
+                nodes[entry.inode] = None
+        self._files.adopt(nodes)
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """The tasks behind the requests, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            self._cache.on_sealed = self.on_sealed
+            nursery.start_soon(self._prefetcher.run)
+            if self.passthrough.has_inherited():
+                nursery.start_soon(self._sweep_backings)
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def check_passthrough(self, mountpoint: Path, directory: Path) -> None:
+        """See Passthrough.check(). Once per mount: a restarted server must serve at once."""
+        assert self._nursery is not None
+        if self._ledger.passthrough_checked:
+            return
+        await self.passthrough.check(mountpoint, directory, self._nursery)
+        if self.passthrough.enabled:
+            self._ledger.note_passthrough_checked()
+
+    async def _sweep_backings(self) -> None:
+        while self.passthrough.has_inherited():
+            await trio.sleep(SWEEP_INTERVAL_S)
+            await self.passthrough.give_back_idle(lambda inode: self._files.get(inode) is not None)
+
+    # Names
+
+    async def lookup(self, parent: int, name: bytes) -> Attributes:
+        """Raises NotFound, and what Tree.lookup() raises."""
+        if name == b".":
+            return self.getattr(parent)
+        if name == b"..":
+            return self.getattr(self._tree.node(parent).parent)
+        check = self.passthrough.check_file
+        if check is not None and parent == ROOT_INODE and name == check.name.encode():
+            return _check_attributes(len(check.data))
+        return self._attributes(await self._tree.lookup(parent, os.fsdecode(name)))
+
+    def getattr(self, inode: int) -> Attributes:
+        """Raises NotFound, StaleInode."""
+        if inode == SELF_CHECK_INODE and (check := self.passthrough.check_file) is not None:
+            return _check_attributes(len(check.data))
+        return self._attributes(self._tree.node(inode))
+
+    def _attributes(self, node: Node) -> Attributes:
+        uid = gid = 0
+        if node.view:
+            config = self._tree.volume(node.view).config
+            uid, gid = config.uid, config.gid
+        modified_ns = int(node.modified_s * 1_000_000) * 1000  # stores give milliseconds at best
+        return Attributes(node.inode, node.is_directory, node.size, modified_ns, uid, gid)
+
+    def opendir(self, inode: int) -> int:
+        """A handle. Raises NotADirectory, NotFound, StaleInode."""
+        if not self._tree.node(inode).is_directory:
+            raise NotADirectory(f"inode {inode} is a file")
+        self._listing_serial = self._listing_serial % 0x7FFFFFFF + 1
+        return self._listing_serial << 32 | inode
+
+    async def readdir(self, handle: int, start: int, reply: Callable[[bytes, Attributes, int], bool]) -> None:
+        """Call reply(name, attributes, next offset) for each name from offset `start`, until it returns False.
+
+        Offsets are positions in the frozen, sorted listing: the same in every server of the mount.
+        """
+        listing = self._listings.get(handle)
+        if listing is None or start == 0:  # rewinddir() shows what is there now
+            listing = self._listings[handle] = await self._tree.children(inode_of(handle))
+        for position in range(start, len(listing)):
+            name, node = listing[position]
+            if not reply(os.fsencode(name), self._attributes(node), position + 1):
+                return
+
+    def releasedir(self, handle: int) -> None:
+        self._listings.pop(handle, None)
+
+    def statfs(self) -> FileSystemUsage:
+        usage = self._cache.usage()
+        free_bytes = max(0, usage.capacity_bytes - usage.used_bytes)
+        return FileSystemUsage(usage.capacity_bytes // BLOCK_BYTES, free_bytes // BLOCK_BYTES)
+
+    # Open and release
+
+    async def open(self, inode: int, flags: int) -> Opened:
+        """Choose the mode at the first open of an inode and keep it to its last RELEASE: the kernel insists (EIO).
+
+        Raises ReadOnly, IsADirectory, NotFound, StaleInode (the kernel then looks the name up again).
+        """
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            raise ReadOnly("the mount is read-only")
+        if inode == SELF_CHECK_INODE and (check := self.passthrough.check_file) is not None:
+            return Opened(passthrough_handle(inode, check.backing_id), keep_cache=False)
+        node = self._tree.node(inode)
+        if node.is_directory:
+            raise IsADirectory(f"{node.path} is a directory")
+        if node.superseded:
+            await self._check_same_version(node)
+        async with self._files.using(inode, node) as state:
+            backing_id = await self._backing_for(state, node)
+            if backing_id is not None:
+                handle = passthrough_handle(inode, backing_id)
+                self._files.add_open(state, Mode.PASSTHROUGH)
+            else:
+                handle = self._files.cached_handle(inode)
+                self._files.add_open(state, Mode.CACHED)
+        self._metrics.opens.labels(state.mode.name.lower()).inc()
+        return Opened(handle, keep_cache=backing_id is None)
+
+    async def _check_same_version(self, node: Node) -> None:
+        """A superseded inode may be opened when its path only got a new number because the file was sealed."""
+        try:
+            current = await self._tree.lookup(node.parent, node.name)
+        except NotFound:
+            current = None
+        if current is None or current.object_id != node.object_id:
+            raise StaleInode(f"{node.path} has another version now")
+
+    async def _backing_for(self, state: OpenInode, node: Node) -> int | None:
+        """The backing id to answer an OPEN with, None for cached mode. Holds the inode's lock."""
+        assert node.object_id is not None
+        is_open = state.opens > 0
+        if is_open and state.mode is Mode.CACHED:
+            if self.passthrough.enabled and not node.superseded and self._cache.is_sealed(node.object_id):
+                self._publish_anew(state)  # it was sealed before this server came; the next open has it better
+            return None
+        if not is_open:
+            unknown = self._files.unknown_are_cached
+            if not self.passthrough.enabled or unknown or not self._cache.is_sealed(node.object_id):
+                return None
+        try:
+            return await self.passthrough.open(node.inode, node.object_id, is_open=is_open)
+        except BackingReplaced:
+            await self._replace(node.inode)
+            raise StaleInode(f"{node.path} has another blob now") from None
+
+    async def release(self, handle: int) -> None:
+        self._prefetcher.forget(handle)
+        inode = inode_of(handle)
+        if inode == SELF_CHECK_INODE:
+            return
+        state = self._files.release(handle)
+        if state is None or state.mode is not Mode.PASSTHROUGH:
+            return
+        async with self._files.using(inode, state.node) as again:
+            if again.opens == 0:
+                await self.passthrough.closed(inode)
+
+    # Read
+
+    async def read(self, handle: int, offset: int, length: int) -> bytes | memoryview:
+        """`length` bytes from `offset`, fewer only at the end of the file. Valid until the caller's next await.
+
+        Raises what ChunkCache.read() raises; ObjectChanged when the store has another version and the bytes are
+        not local.
+        """
+        inode = inode_of(handle)
+        if inode == SELF_CHECK_INODE and (check := self.passthrough.check_file) is not None:
+            check.reads += 1
+            return check.data[offset : offset + length]
+        state = self._files.get(inode)
+        node = state.node if state is not None and state.node is not None else self._tree.node(inode)
+        object_id = node.object_id
+        if object_id is None:
+            raise IsADirectory(f"{node.path} is a directory")
+        store = self._tree.volume(node.view).store
+        self._prefetcher.note_read(handle, store, object_id, offset, length)
+        if all(self._cache.is_local(object_id, span.index) for span in chunk_spans(object_id.size, offset, length)):
+            return await self._cache.read(store, object_id, offset, length)
+        waiting = self._waiting.get(node.view)
+        if waiting is None:
+            waiting = self._waiting[node.view] = trio.Semaphore(WAITING_READS_MAX)
+        try:
+            waiting.acquire_nowait()  # no checkpoint in the usual case
+        except trio.WouldBlock:
+            await waiting.acquire()
+        try:
+            return await self._cache.read(store, object_id, offset, length)
+        except ObjectChanged:
+            await self._refresh(node.parent)
+            raise
+        finally:
+            waiting.release()
+
+    # Changes
+
+    def on_sealed(self, object_id: ObjectId) -> None:
+        """An object is all local and checked. Where cold handles hold its inode in cached mode, give the path a
+        new inode, so that the next open gets passthrough; the old handles live on."""
+        if self.passthrough.enabled:
+            for state in self._files.cached(object_id):
+                if state.node is not None and not state.node.superseded:
+                    self._publish_anew(state)
+
+    def _publish_anew(self, state: OpenInode) -> None:
+        self._start(self._replace, state.inode)
+
+    async def _replace(self, inode: int) -> None:
+        try:
+            old = self._tree.node(inode)
+            new = await self._tree.replace(inode)
+        except CachefsError as exc:  # the path or the volume is gone, or the index is full: the old inode goes on
+            logger.warning("inode %d keeps its number: %s", inode, exc)
+            return
+        if new.inode != inode:
+            self._notifier.forget_entry(old.parent, os.fsencode(old.name))
+
+    async def _refresh(self, directory: int) -> None:
+        """List a directory again after one of its objects changed, once for all who ask. Waits for it a while."""
+        done = self._refreshes.get(directory)
+        if done is None:
+            now = trio.current_time()
+            self._refreshed_s = {
+                inode: then for inode, then in self._refreshed_s.items() if now - then < REFRESH_INTERVAL_S
+            }
+            if directory in self._refreshed_s:
+                return
+            done = self._refreshes[directory] = trio.Event()
+            self._start(self._refresh_now, directory)
+        with trio.move_on_after(REFRESH_WAIT_S):
+            await done.wait()
+
+    async def _refresh_now(self, directory: int) -> None:
+        try:
+            for parent, name in await self._tree.refresh_directory(directory):
+                self._notifier.forget_entry(parent, os.fsencode(name))
+        except CachefsError as exc:
+            logger.warning("a directory with a changed object could not be listed again: %s", exc)
+        finally:
+            self._refreshed_s[directory] = trio.current_time()
+            self._refreshes.pop(directory).set()
+
+    def _start(self, function: Callable[[int], Awaitable[None]], inode: int) -> None:
+        assert self._nursery is not None
+        self._nursery.start_soon(function, inode)
+
+    def count_error(self, error: BaseException) -> None:
+        """An error that a request is answered with."""
+        self._metrics.count_error(error)
+
+    def check_invariants(self) -> None:
+        self._files.check_invariants()
+
+
+def _check_attributes(size: int) -> Attributes:
+    return Attributes(SELF_CHECK_INODE, False, size, 0, os.geteuid(), os.getegid(), lasting=False)
+
+
+__all__ = ["PASSTHROUGH_BIT", "Attributes", "Cache", "FileSystemUsage", "Opened", "Vfs"]

@@ -1,0 +1,81 @@
+"""The ledger: what outlives a SIGKILL of the server."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cachefs.ledger import COUNTERS, LEDGER_BYTES_MIN, Ledger, Mode, OpenEntry
+
+SIZE = 65536
+
+
+@pytest.fixture
+def fd() -> Iterator[int]:
+    fd = os.memfd_create("ledger")
+    os.ftruncate(fd, SIZE)
+    yield fd
+    os.close(fd)
+
+
+def test_open_inodes_are_there_for_the_next_server(fd):
+    first = Ledger(fd)
+    first.record(7, Mode.CACHED, 2)
+    first.record(2**32 - 1, Mode.PASSTHROUGH, 1)
+    first.record(9, Mode.CACHED, 1)
+    first.record(9, Mode.CACHED, 0)
+    # no close(): a killed server closes nothing
+    assert sorted(Ledger(fd).entries()) == [OpenEntry(7, Mode.CACHED, 2), OpenEntry(2**32 - 1, Mode.PASSTHROUGH, 1)]
+
+
+def test_full_table_says_that_it_overflowed_and_keeps_what_it_has():
+    fd = os.memfd_create("ledger")
+    try:
+        os.ftruncate(fd, LEDGER_BYTES_MIN)
+        ledger = Ledger(fd)
+        ledger.record(1, Mode.CACHED, 1)
+        assert not ledger.overflowed
+        ledger.record(2, Mode.CACHED, 1)
+        assert Ledger(fd).overflowed
+        assert Ledger(fd).entries() == [OpenEntry(1, Mode.CACHED, 1)]
+    finally:
+        os.close(fd)
+
+
+def test_counters_go_on_where_the_last_server_was(fd):
+    first = Ledger(fd)
+    assert set(first.counters) == {0.0}
+    first.counters[3] += 5.5
+    first.record(1, Mode.CACHED, 1)
+    second = Ledger(fd)
+    second.counters[3] += 1
+    assert first.counters[3] == 6.5
+    assert len(second.counters) == COUNTERS
+    second.close()
+
+
+def test_passthrough_check_is_remembered(fd):
+    assert not Ledger(fd).passthrough_checked
+    Ledger(fd).note_passthrough_checked()
+    assert Ledger(fd).passthrough_checked
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 6), st.sampled_from(Mode), st.integers(0, 3)), max_size=60))
+def test_table_reads_back_as_it_was_written(steps):
+    fd = os.memfd_create("ledger")
+    try:
+        os.ftruncate(fd, LEDGER_BYTES_MIN + 8 * 8)
+        ledger = Ledger(fd)
+        model: dict[int, OpenEntry] = {}
+        for inode, mode, count in steps:
+            ledger.record(inode, mode, count)
+            model.pop(inode, None)
+            if count:
+                model[inode] = OpenEntry(inode, mode, count)
+            assert sorted(ledger.entries()) == sorted(model.values())
+        assert sorted(Ledger(fd).entries()) == sorted(model.values())
+    finally:
+        os.close(fd)
