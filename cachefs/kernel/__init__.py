@@ -1,0 +1,1 @@
+"""What the kernel must be told and asked, without pyfuse3: mounts, INIT, notifications, backing files, processes."""

@@ -1,0 +1,76 @@
+"""Starting and watching processes: posix_spawn, pidfds, how a process ended, who is at the other end of a socket."""
+
+import os
+import signal
+import socket
+import struct
+from collections.abc import Sequence
+
+PEERCRED = struct.Struct("=iII")  # struct ucred of socket(7): pid, uid, gid
+LINK_FD = 3
+"""Where a started keeper or server finds its socket."""
+
+
+def spawn(command: Sequence[str], *, link: int, stderr: int, stdin: int = -1) -> int:
+    """Start a process in a session of its own with `link` as its descriptor 3, and return its pid.
+
+    posix_spawn, because it does not copy the page tables of a large server, and is safe beside threads.
+    stdout goes to `stderr`; stdin is /dev/null unless it is given; no other descriptor is inherited.
+    """
+    source = (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0) if stdin < 0 else (os.POSIX_SPAWN_DUP2, stdin, 0)
+    # The descriptors are above 3 or are dup2'ed before 3 is overwritten; dup2 clears close-on-exec.
+    actions = [
+        source,
+        (os.POSIX_SPAWN_DUP2, stderr, 1),
+        (os.POSIX_SPAWN_DUP2, stderr, 2),
+        (os.POSIX_SPAWN_DUP2, link, LINK_FD),
+    ]
+    return os.posix_spawn(
+        command[0],
+        list(command),
+        os.environ,
+        file_actions=actions,
+        setsid=True,
+        setsigmask=(),
+        setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGCHLD),
+    )
+
+
+def python_command(python: str, *arguments: str) -> list[str]:
+    """How keeper and server are started: -P, or a module in the working directory would be taken for ours."""
+    return [python, "-P", *arguments]
+
+
+def how_it_ended(pidfd: int) -> tuple[int | None, str]:
+    """Reap the process behind a readable pidfd: (exit status or minus the signal, words for the log).
+
+    The status is None for a process that is not our child (after a takeover).
+    """
+    try:
+        info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    except ChildProcessError:
+        return None, "status unknown: it was started by an earlier keeper"
+    assert info is not None
+    if info.si_code == os.CLD_EXITED:
+        return info.si_status, f"exit status {info.si_status}"
+    try:
+        name = signal.Signals(info.si_status).name
+    except ValueError:
+        name = str(info.si_status)
+    dumped = ", core dumped" if info.si_code == os.CLD_DUMPED else ""
+    return -info.si_status, f"killed by {name}{dumped}"
+
+
+def kill(pidfd: int, number: signal.Signals) -> None:
+    """Send a signal by pidfd; a process that has ended is no error."""
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+    except ProcessLookupError:
+        return
+
+
+def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """(pid, uid, gid) of the process that made the other end, as the kernel saw it."""
+    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEERCRED.size)
+    pid, uid, gid = PEERCRED.unpack(data)
+    return pid, uid, gid
