@@ -124,6 +124,7 @@ class Server:
             "ping": self._ping,
             "volumes": self._volumes,
             "status": self._status,
+            "check_options": self._check_options,
             "volume_add": self._volume_add,
             "volume_remove": self._volume_remove,
             "upgrade": self._upgrade,
@@ -160,7 +161,7 @@ class Server:
         volumes = []
         for volume in list(self._core.volumes.values()):
             places = bound.get(volume.name, []) if self._config.as_root else [self._config.mountpoint]
-            passthrough, reasons = self._vfs.passthrough_state()
+            reason = self._vfs.passthrough.reason
             volumes.append(
                 {
                     "name": volume.name,
@@ -168,8 +169,8 @@ class Server:
                     "mountpoint": str(places[0]) if places else None,
                     "mountpoints": [str(place) for place in places],
                     "mode": volume.config.mode,
-                    "passthrough": passthrough,
-                    "mode_reasons": reasons,
+                    "passthrough": not reason,
+                    "mode_reasons": [reason] if reason else [],
                     **await self._core.volume_totals(volume),
                 }
             )
@@ -193,6 +194,10 @@ class Server:
                 "evicted_bytes": int(self._metrics.evicted_bytes.total()),
             },
         }
+
+    async def _check_options(self, params: Params, progress: Progress, caller: Caller) -> dict[str, Any]:
+        check_options(self._core.config, params.get("options", {}))
+        return {}
 
     async def _volume_add(self, params: Params, progress: Progress, caller: Caller) -> dict[str, Any]:
         """Show one more volume under the FUSE root; who asked binds NAME from there within 30 s."""
