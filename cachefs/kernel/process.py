@@ -4,6 +4,8 @@ import os
 import signal
 import socket
 import struct
+import sys
+import time
 from collections.abc import Sequence
 
 PEERCRED = struct.Struct("=iII")  # struct ucred of socket(7): pid, uid, gid
@@ -74,3 +76,13 @@ def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
     data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEERCRED.size)
     pid, uid, gid = PEERCRED.unpack(data)
     return pid, uid, gid
+
+
+def log(text: str) -> None:
+    """One line to stderr, which is STATE/log/keeper.log in the background."""
+    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} keeper[{os.getpid()}] {' '.join(text.split())}\n"
+    try:
+        sys.stderr.write(line)
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        return  # a full disk or a closed terminal must not end the keeper

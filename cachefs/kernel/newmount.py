@@ -1,0 +1,85 @@
+"""How a mount begins: mounted, the kernel's INIT answered, one keeper for a runtime directory."""
+
+import fcntl
+import os
+import time
+
+from cachefs.config import MountConfig
+from cachefs.errors import CachefsError, StateBusy, UsageError
+from cachefs.kernel import mounts, wire
+from cachefs.kernel.process import log
+from cachefs.kernel.session import Session
+
+INIT_TIMEOUT_S = 10.0
+LEDGER_BYTES = 4 << 20
+
+
+def mount(config: MountConfig, *, python: str, server_module: str, foreground: bool) -> Session:
+    """Mount, answer the kernel's INIT, and return the session of the first server. Raises UsageError."""
+    as_root = os.geteuid() == 0
+    how = mounts.mount_as_root if as_root else mounts.mount_by_fusermount
+    place = os.path.realpath(config.mountpoint)  # before it is mounted: nobody answers a GETATTR yet
+    fuse_fd = how(config.mountpoint, allow_other=config.server.allow_other)
+    try:
+        init = wire.read_init(fuse_fd, INIT_TIMEOUT_S)
+        request = wire.parse_init(init)
+        if request.minor < wire.MINOR_MIN:
+            raise UsageError(f"this kernel speaks FUSE 7.{request.minor}; 7.{wire.MINOR_MIN} (Linux 5.4) is needed")
+        os.write(fuse_fd, wire.init_answer(request, config.server.kernel_disable))
+        found = mounts.find_mount(place)
+        if found is None or found.fstype != mounts.FSTYPE:
+            raise UsageError(f"{config.mountpoint} was unmounted at once")
+    except (CachefsError, ValueError, OSError) as exc:
+        mounts.unmount(config.mountpoint, as_root=as_root)
+        os.close(fuse_fd)
+        if isinstance(exc, CachefsError):
+            raise
+        raise UsageError(f"cannot mount at {config.mountpoint}: {exc}") from exc
+    if "readahead" not in config.server.kernel_disable and not mounts.raise_readahead(found.major_minor):
+        log("read_ahead_kb stays at the kernel's default: not allowed to raise it")
+    ledger_fd = os.memfd_create("cachefs-ledger", os.MFD_CLOEXEC)
+    os.ftruncate(ledger_fd, LEDGER_BYTES)
+    used = sorted(wire.features(init, config.server.kernel_disable))
+    log(f"mounted {config.mountpoint} (device {found.major_minor}, FUSE 7.{request.minor}: {', '.join(used)})")
+    return Session(
+        fuse_fd=fuse_fd,
+        init=init,
+        restarted=False,
+        generation=0,
+        backings=(),
+        config=config,
+        keeper_pid=os.getpid(),
+        ledger_fd=ledger_fd,
+        device=found.major_minor,
+        server_module=server_module,
+        python=python,
+        foreground=foreground,
+    )
+
+
+def hold_lock(config: MountConfig, timeout_s: float) -> int:
+    """One keeper for a runtime directory: a lock that ends with this process. Raises StateBusy."""
+    path = config.server.runtime_dir / "keeper.lock"
+    lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            if time.monotonic() > deadline_s:
+                os.close(lock_fd)
+                raise StateBusy(f"another cachefs keeper uses {config.server.runtime_dir}") from exc
+            time.sleep(0.02)
+        else:
+            return lock_fd
+
+
+def warn_about_timeouts() -> None:
+    """A system-wide limit on requests aborts the mount when a READ waits longer for the network than that."""
+    try:
+        with open("/proc/sys/fs/fuse/max_request_timeout") as file:
+            limit_s = int(file.read())
+    except (OSError, ValueError):
+        return
+    if limit_s:
+        log(f"sysctl fs.fuse.max_request_timeout is {limit_s} s: a read that waits longer aborts the mount")

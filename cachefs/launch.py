@@ -1,0 +1,167 @@
+"""Start a keeper and wait until its mount answers; for the command line. Only the standard library and msgspec."""
+
+import fcntl
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+
+from cachefs.config import MountConfig, encode
+from cachefs.errors import CachefsError, StateBusy, UsageError, WorkFailed
+from cachefs.kernel.mounts import check_mountpoint, recover_dead_mount
+from cachefs.kernel.process import python_command
+
+READY_TIMEOUT_S = 120.0
+
+
+class KeeperProcess(msgspec.Struct, frozen=True):
+    """A mount that answers. `process` is set for a keeper in the foreground: wait for it."""
+
+    keeper_pid: int
+    server_pid: int
+    process: subprocess.Popen[bytes] | None = None
+
+
+def start_keeper(
+    config: MountConfig,
+    *,
+    foreground: bool = False,
+    server_module: str = "cachefs.daemon",
+    timeout_s: float = READY_TIMEOUT_S,
+) -> KeeperProcess:
+    """Mount, and return when the server serves. A dead mount of our own at the mount point is removed first.
+
+    In the background keeper and server log to STATE/log/. Raises UsageError (exit code 2) or WorkFailed (1) with the
+    line that says what is wrong; then nothing is left mounted.
+    """
+    server = config.server
+    _make_directories((server.state_dir, server.state_dir / "log", server.runtime_dir))
+    _clear_mountpoint(config)
+    ready, ready_for_keeper = os.pipe2(os.O_CLOEXEC)
+    command = python_command(sys.executable, "-m", "cachefs.keeper", "--ready-fd", str(ready_for_keeper))
+    command += ["--server-module", server_module]
+    log: int | None = None
+    if foreground:
+        command.append("--foreground")
+    else:
+        log = open_log(config.server.state_dir)
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd="/",
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            pass_fds=[ready_for_keeper],
+            start_new_session=not foreground,
+        )
+    except OSError as exc:
+        os.close(ready)
+        raise WorkFailed(f"cannot start the keeper: {exc}") from exc
+    finally:
+        os.close(ready_for_keeper)
+        if log is not None:
+            os.close(log)
+    try:
+        _send_config(process, config)
+        if not foreground:
+            process.wait()  # it has forked: the keeper itself is nobody's child
+        line = _read_line(ready, timeout_s)
+    except BaseException:
+        if foreground:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+        raise
+    finally:
+        os.close(ready)  # a keeper whose server is not ready yet sees this, unmounts and ends
+    if foreground and "error" in line:
+        process.wait()
+    return _started(line, process if foreground else None, config)
+
+
+def open_log(state_dir: Path) -> int:
+    """STATE/log/keeper.log for appending; at 1 MiB the last one is kept as keeper.log.1."""
+    path = state_dir / "log" / "keeper.log"
+    try:
+        if path.exists() and path.stat().st_size > 1 << 20:
+            path.rename(path.with_name("keeper.log.1"))
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise UsageError(f"cannot write {path}: {exc.strerror}") from exc
+
+
+def is_supervised(runtime_dir: Path) -> bool:
+    """Whether a keeper lives that uses this runtime directory (it holds a lock there)."""
+    try:
+        lock = os.open(runtime_dir / "keeper.lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def _make_directories(directories: tuple[Path, ...]) -> None:
+    for directory in directories:
+        try:
+            directory.mkdir(0o700, parents=True, exist_ok=True)
+        except FileExistsError as exc:
+            raise UsageError(f"{directory} is not a directory") from exc
+        except OSError as exc:
+            raise UsageError(f"cannot make the directory {directory}: {exc.strerror}") from exc
+
+
+def _clear_mountpoint(config: MountConfig) -> None:
+    supervised = is_supervised(config.server.runtime_dir)
+    recover_dead_mount(config.mountpoint, unsupervised=not supervised)
+    if supervised:
+        raise StateBusy(f"{config.server.state_dir} is in use by another cachefs mount: unmount it first")
+    if config.as_root:  # only after the recovery: nothing can be made on, or asked of, a dead mount
+        _make_directories((config.mountpoint,))
+    check_mountpoint(config.mountpoint)
+
+
+def _send_config(process: subprocess.Popen[bytes], config: MountConfig) -> None:
+    assert process.stdin is not None
+    with process.stdin as stdin:
+        try:
+            stdin.write(encode(config))
+        except BrokenPipeError:
+            return  # it ended at once; the missing line says so
+
+
+def _read_line(ready: int, timeout_s: float) -> dict[str, object]:
+    """The keeper's one line; empty when it ended without one."""
+    poller = select.poll()
+    poller.register(ready, select.POLLIN)
+    deadline_s = time.monotonic() + timeout_s
+    data = b""
+    while not data.endswith(b"\n"):
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0 or not poller.poll(left_s * 1000):
+            raise WorkFailed(f"the mount does not answer after {timeout_s:.0f} s; it was given up")
+        part = os.read(ready, 65536)
+        if not part:
+            return {}
+        data += part
+    line = json.loads(data)
+    assert isinstance(line, dict)
+    return line
+
+
+def _started(line: dict[str, object], process: subprocess.Popen[bytes] | None, config: MountConfig) -> KeeperProcess:
+    if line.get("ok"):
+        return KeeperProcess(int(str(line["keeper_pid"])), int(str(line["server_pid"])), process)
+    message = str(line.get("error") or f"the keeper ended; see {config.server.state_dir}/log/keeper.log")
+    kind: type[CachefsError] = UsageError if line.get("exit_code") == UsageError.exit_code else WorkFailed
+    raise kind(message)
