@@ -6,12 +6,13 @@ INIT through a socket, which is replaced by the device while libfuse handles it.
 
 import errno
 import functools
+import importlib
 import logging
 import os
 import socket
 import stat
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import trio
@@ -28,7 +29,7 @@ def _load_shim() -> bool:
     # RTLD_GLOBAL, and before pyfuse3: the loader then finds our functions first.
     sys.setdlopenflags(flags | os.RTLD_GLOBAL)
     try:
-        import cachefs._fuseshim  # noqa: F401
+        importlib.import_module("cachefs._fuseshim")
     except ImportError:
         return False
     finally:
@@ -54,7 +55,7 @@ HAND_OVER_GRACE_S = 0.5
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
-Handler = Callable[Concatenate["Operations", P], Awaitable[T]]
+Handler = Callable[Concatenate["Operations", P], Coroutine[Any, Any, T]]
 
 
 def _answer(handler: Handler[P, T]) -> Handler[P, T]:
@@ -63,21 +64,21 @@ def _answer(handler: Handler[P, T]) -> Handler[P, T]:
     trio.Cancelled passes: the server ends, the request is not answered and comes again by RESEND.
     """
 
-    @functools.wraps(handler)
-    async def wrapper(self: "Operations", *args: P.args, **kwargs: P.kwargs) -> T:
+    async def wrapper(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return await handler(self, *args, **kwargs)
         except pyfuse3.FUSEError:
             raise
         except CachefsError as exc:
             self.vfs.count_error(exc)
-            logger.debug("%s: %s", handler.__name__, exc)  # type: ignore[attr-defined]
+            logger.debug("%s: %s", handler.__name__, exc)
             raise pyfuse3.FUSEError(exc.errno) from None
         except Exception as exc:
             self.vfs.count_error(exc)
-            logger.exception("unexpected error in %s", handler.__name__)  # type: ignore[attr-defined]
+            logger.exception("unexpected error in %s", handler.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from None
 
+    functools.update_wrapper(wrapper, handler)
     return wrapper
 
 
@@ -153,8 +154,19 @@ class Operations(pyfuse3.Operations):
     async def _refuse(self, *args: Any) -> Any:
         raise ReadOnly("the mount is read-only")
 
-    setattr = mknod = mkdir = unlink = rmdir = symlink = rename = link = _refuse
-    write = create = setxattr = removexattr = _refuse
+    # The kernel refuses most of these by itself (MS_RDONLY).
+    setattr: Any = _refuse
+    mknod: Any = _refuse
+    mkdir: Any = _refuse
+    unlink: Any = _refuse
+    rmdir: Any = _refuse
+    symlink: Any = _refuse
+    rename: Any = _refuse
+    link: Any = _refuse
+    write: Any = _refuse
+    create: Any = _refuse
+    setxattr: Any = _refuse
+    removexattr: Any = _refuse
 
 
 def _entry(attributes: Attributes) -> pyfuse3.EntryAttributes:
@@ -176,46 +188,27 @@ def _entry(attributes: Attributes) -> pyfuse3.EntryAttributes:
     return entry
 
 
-class Stopper:
-    """Ends serve() from outside. For the trio thread."""
-
-    def __init__(self) -> None:
-        self._wanted = trio.Event()
-        self.grace_s = HAND_OVER_GRACE_S
-
-    def stop(self, grace_s: float = HAND_OVER_GRACE_S) -> None:
-        """Take no more requests, give handlers `grace_s`, then leave the rest unanswered (RESEND brings it back)."""
-        self.grace_s = grace_s
-        self._wanted.set()
-
-    async def wait(self) -> None:
-        await self._wanted.wait()
-
-
 async def serve(
-    vfs: Vfs, session: Session, stopper: Stopper, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    vfs: Vfs,
+    session: Session,
+    *,
+    stop: trio.Event | None = None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve the session until it is unmounted or `stopper` stops it. Started when requests are being answered.
+    """Serve the session until it is unmounted, or until `stop`: then no more requests are taken, handlers get
+    HAND_OVER_GRACE_S, and what is not answered comes again at the next server (RESEND).
 
-    Raises RuntimeError, OSError when libfuse or the device refuse. Once per process.
+    The volumes must be in the tree and `vfs.run` must run. Started when requests are answered and the mode of
+    sealed files is known. Raises RuntimeError, OSError when libfuse or the device refuse. Once per process.
     """
+    vfs.adopt(extension_built=SHIM_BUILT)
     # Without the shim a read that finds no request must wait in the kernel: pyfuse3 would end at EAGAIN.
     os.set_blocking(session.fuse_fd, not SHIM_BUILT)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     device = os.dup(theirs.fileno())  # libfuse's descriptor for the life of the session
     theirs.close()
     running = trio.Event()
-
-    def take_device() -> None:
-        os.dup2(session.fuse_fd, device, inheritable=False)
-        if session.restarted and "resend" not in session.config.server.kernel_disable:
-            try:
-                os.write(device, resend_message())  # before any read: later it would duplicate
-            except OSError as exc:
-                logger.warning("requests that the last server had taken are lost: %s", exc.strerror)
-        running.set()
-
-    operations = Operations(vfs, take_device)
+    operations = Operations(vfs, functools.partial(_take_device, session, device, running))
     try:
         pyfuse3.init(operations, f"/dev/fd/{device}", {"fsname=cachefs"})
         ours.send(session.init)
@@ -225,8 +218,9 @@ async def serve(
         raise
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_when_wanted, stopper, nursery.cancel_scope)
-            nursery.start_soon(_report, running, task_status)
+            nursery.start_soon(_report, vfs, running, task_status)
+            if stop is not None:
+                nursery.start_soon(_stop_when_wanted, stop, nursery.cancel_scope)
             await pyfuse3.main(max_tasks=MAX_TASKS)
             nursery.cancel_scope.cancel()
     finally:
@@ -234,13 +228,25 @@ async def serve(
         ours.close()
 
 
-async def _report(running: trio.Event, task_status: trio.TaskStatus[None]) -> None:
+def _take_device(session: Session, device: int, running: trio.Event) -> None:
+    """Called while libfuse handles INIT: from here on it reads the real device, which no longer waits for an answer."""
+    os.dup2(session.fuse_fd, device, inheritable=False)
+    if session.restarted and "resend" not in session.config.server.kernel_disable:
+        try:
+            os.write(device, resend_message())  # before any read: later it would duplicate
+        except OSError as exc:
+            logger.warning("requests that the last server had taken are lost: %s", exc.strerror)
+    running.set()
+
+
+async def _report(vfs: Vfs, running: trio.Event, task_status: trio.TaskStatus[None]) -> None:
     await running.wait()
+    await vfs.check_passthrough()
     task_status.started()
 
 
-async def _stop_when_wanted(stopper: Stopper, scope: trio.CancelScope) -> None:
-    await stopper.wait()
+async def _stop_when_wanted(stop: trio.Event, scope: trio.CancelScope) -> None:
+    await stop.wait()
     pyfuse3.terminate()
-    await trio.sleep(stopper.grace_s)
+    await trio.sleep(HAND_OVER_GRACE_S)
     scope.cancel()

@@ -60,7 +60,6 @@ class SealedBlobs(Protocol):
     """The part of ChunkCache that is used here."""
 
     async def open_sealed(self, object_id: ObjectId) -> int | None: ...
-    def note_backing(self, object_id: ObjectId) -> None: ...
 
 
 class _Known(msgspec.Struct):
@@ -94,6 +93,10 @@ class Passthrough:
             self._known[backing.node] = _Known(backing.backing_id, backing.device, backing.inode, inherited=True)
         self._refused_logged = False
 
+    def disable(self, reason: str) -> None:
+        """Not tried from now on; the first reason stays."""
+        self.reason = self.reason or reason
+
     @property
     def enabled(self) -> bool:
         return not self.reason
@@ -117,7 +120,6 @@ class Passthrough:
                 raise BackingReplaced
             if known is not None:
                 await self._give_back(inode, known)
-            self._cache.note_backing(object_id)
             backing_id = await self._link.register(inode, fd, object_id.key.hex())
             self._known[inode] = _Known(backing_id, stat.st_dev, stat.st_ino, inherited=False)
             return backing_id
@@ -138,10 +140,10 @@ class Passthrough:
     async def give_back_idle(self, is_open: Callable[[int], bool]) -> None:
         """Give back inherited ids of inodes that are not open and that the kernel has forgotten."""
         for inode, known in list(self._known.items()):
-            if known.inherited and not is_open(inode) and not await self._is_known(inode):
-                # Rechecked: it may have been opened while the kernel was asked.
-                if self._known.get(inode) is known and not is_open(inode):
-                    await self._give_back(inode, known)
+            if not known.inherited or is_open(inode) or await self._is_known(inode):
+                continue
+            if self._known.get(inode) is known and not is_open(inode):  # it may have been opened meanwhile
+                await self._give_back(inode, known)
 
     def has_inherited(self) -> bool:
         return any(known.inherited for known in self._known.values())
@@ -189,7 +191,12 @@ class Passthrough:
         # A process, never a thread of this one: a system call on one's own mount waits for oneself.
         command = [sys.executable, "-I", "-S", "-c", _READER, os.fspath(path)]
         process = await trio.lowlevel.open_process(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/", start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd="/",
+            start_new_session=True,
         )
         got = bytearray()
         said = bytearray()
@@ -222,12 +229,10 @@ async def _collect(stream: trio.abc.ReceiveStream | None, into: bytearray) -> No
         into += part
 
 
-def unavailable_reason(*, masked: bool, extension_built: bool, offered: bool) -> str:
+def unavailable_reason(*, masked: bool, offered: bool) -> str:
     """Why passthrough cannot even be tried, or ""."""
     if masked:
         return "masked in the configuration (kernel_disable)"
-    if not extension_built:
-        return "the extension module _fuseshim is not built"
     if not offered:
         return f"the kernel does not offer it (Linux 6.9 or newer; this is {os.uname().release})"
     return ""

@@ -3,18 +3,19 @@
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import trio
 
 from cachefs.chunk import ObjectId, chunk_spans
 from cachefs.errors import CachefsError, IsADirectory, NotADirectory, NotFound, ObjectChanged, ReadOnly, StaleInode
+from cachefs.kernel.wire import features
 from cachefs.ledger import Ledger, Mode
+from cachefs.link import KeeperLink
 from cachefs.metrics import Metrics
 from cachefs.notifier import Notifier
-from cachefs.openfiles import PASSTHROUGH_BIT, OpenFiles, OpenInode, inode_of, passthrough_handle
-from cachefs.passthrough import SELF_CHECK_INODE, SWEEP_INTERVAL_S, BackingReplaced, Passthrough
+from cachefs.openfiles import OpenFiles, OpenInode, inode_of, passthrough_handle
+from cachefs.passthrough import SELF_CHECK_INODE, SWEEP_INTERVAL_S, BackingReplaced, Passthrough, unavailable_reason
 from cachefs.prefetch import Prefetcher
 from cachefs.store import Store
 from cachefs.tree import ROOT_INODE, Node, Tree
@@ -50,6 +51,9 @@ class Cache(Protocol):
     on_sealed: Callable[[ObjectId], None]
 
     async def read(self, store: Store, object_id: ObjectId, offset: int, length: int) -> bytes | memoryview: ...
+    def offer(self, store: Store, object_id: ObjectId, index: int) -> bool: ...
+    async def ensure(self, store: Store, object_id: ObjectId, index: int) -> None: ...
+    async def open_sealed(self, object_id: ObjectId) -> int | None: ...
     def is_local(self, object_id: ObjectId, index: int) -> bool: ...
     def is_sealed(self, object_id: ObjectId) -> bool: ...
     def note_open(self, object_id: ObjectId) -> None: ...
@@ -92,16 +96,20 @@ class Vfs:
         tree: Tree,
         cache: Cache,
         notifier: Notifier,
-        passthrough: Passthrough,
-        prefetcher: Prefetcher,
+        link: KeeperLink,
         ledger: Ledger,
         metrics: Metrics,
     ) -> None:
         self._tree = tree
         self._cache = cache
         self._notifier = notifier
-        self.passthrough = passthrough
-        self._prefetcher = prefetcher
+        self._config = link.session.config
+        disabled = self._config.server.kernel_disable
+        reason = unavailable_reason(
+            masked="passthrough" in disabled, offered="passthrough" in features(link.session.init, disabled)
+        )
+        self._passthrough = Passthrough(link, cache, notifier.is_known, reason)
+        self._prefetcher = Prefetcher(cache)
         self._ledger = ledger
         self._metrics = metrics
         self._files = OpenFiles(ledger, cache)
@@ -115,8 +123,10 @@ class Vfs:
 
     # Life
 
-    def adopt(self) -> None:
+    def adopt(self, *, extension_built: bool) -> None:
         """Take over what an earlier server of this mount had open. The volumes must be in the tree."""
+        if not extension_built:
+            self._passthrough.disable("the extension module _fuseshim is not built")
         nodes: dict[int, Node | None] = {}
         for entry in self._ledger.entries():
             try:
@@ -132,24 +142,29 @@ class Vfs:
             self._nursery = nursery
             self._cache.on_sealed = self.on_sealed
             nursery.start_soon(self._prefetcher.run)
-            if self.passthrough.has_inherited():
+            if self._passthrough.has_inherited():
                 nursery.start_soon(self._sweep_backings)
             task_status.started()
             await trio.sleep_forever()
 
-    async def check_passthrough(self, mountpoint: Path, directory: Path) -> None:
+    async def check_passthrough(self) -> None:
         """See Passthrough.check(). Once per mount: a restarted server must serve at once."""
         assert self._nursery is not None
         if self._ledger.passthrough_checked:
             return
-        await self.passthrough.check(mountpoint, directory, self._nursery)
-        if self.passthrough.enabled:
+        directory = self._config.server.state_dir / "blobs"
+        await self._passthrough.check(self._config.mountpoint, directory, self._nursery)
+        if self._passthrough.enabled:
             self._ledger.note_passthrough_checked()
 
+    def passthrough_state(self) -> tuple[bool, list[str]]:
+        """Whether sealed files are read by the kernel itself, and if not, why."""
+        return self._passthrough.enabled, [self._passthrough.reason] if self._passthrough.reason else []
+
     async def _sweep_backings(self) -> None:
-        while self.passthrough.has_inherited():
+        while self._passthrough.has_inherited():
             await trio.sleep(SWEEP_INTERVAL_S)
-            await self.passthrough.give_back_idle(lambda inode: self._files.get(inode) is not None)
+            await self._passthrough.give_back_idle(lambda inode: self._files.get(inode) is not None)
 
     # Names
 
@@ -159,14 +174,14 @@ class Vfs:
             return self.getattr(parent)
         if name == b"..":
             return self.getattr(self._tree.node(parent).parent)
-        check = self.passthrough.check_file
+        check = self._passthrough.check_file
         if check is not None and parent == ROOT_INODE and name == check.name.encode():
             return _check_attributes(len(check.data))
         return self._attributes(await self._tree.lookup(parent, os.fsdecode(name)))
 
     def getattr(self, inode: int) -> Attributes:
         """Raises NotFound, StaleInode."""
-        if inode == SELF_CHECK_INODE and (check := self.passthrough.check_file) is not None:
+        if inode == SELF_CHECK_INODE and (check := self._passthrough.check_file) is not None:
             return _check_attributes(len(check.data))
         return self._attributes(self._tree.node(inode))
 
@@ -215,7 +230,7 @@ class Vfs:
         """
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise ReadOnly("the mount is read-only")
-        if inode == SELF_CHECK_INODE and (check := self.passthrough.check_file) is not None:
+        if inode == SELF_CHECK_INODE and (check := self._passthrough.check_file) is not None:
             return Opened(passthrough_handle(inode, check.backing_id), keep_cache=False)
         node = self._tree.node(inode)
         if node.is_directory:
@@ -247,15 +262,15 @@ class Vfs:
         assert node.object_id is not None
         is_open = state.opens > 0
         if is_open and state.mode is Mode.CACHED:
-            if self.passthrough.enabled and not node.superseded and self._cache.is_sealed(node.object_id):
+            if self._passthrough.enabled and not node.superseded and self._cache.is_sealed(node.object_id):
                 self._publish_anew(state)  # it was sealed before this server came; the next open has it better
             return None
         if not is_open:
             unknown = self._files.unknown_are_cached
-            if not self.passthrough.enabled or unknown or not self._cache.is_sealed(node.object_id):
+            if not self._passthrough.enabled or unknown or not self._cache.is_sealed(node.object_id):
                 return None
         try:
-            return await self.passthrough.open(node.inode, node.object_id, is_open=is_open)
+            return await self._passthrough.open(node.inode, node.object_id, is_open=is_open)
         except BackingReplaced:
             await self._replace(node.inode)
             raise StaleInode(f"{node.path} has another blob now") from None
@@ -270,7 +285,7 @@ class Vfs:
             return
         async with self._files.using(inode, state.node) as again:
             if again.opens == 0:
-                await self.passthrough.closed(inode)
+                await self._passthrough.closed(inode)
 
     # Read
 
@@ -281,7 +296,7 @@ class Vfs:
         not local.
         """
         inode = inode_of(handle)
-        if inode == SELF_CHECK_INODE and (check := self.passthrough.check_file) is not None:
+        if inode == SELF_CHECK_INODE and (check := self._passthrough.check_file) is not None:
             check.reads += 1
             return check.data[offset : offset + length]
         state = self._files.get(inode)
@@ -313,7 +328,7 @@ class Vfs:
     def on_sealed(self, object_id: ObjectId) -> None:
         """An object is all local and checked. Where cold handles hold its inode in cached mode, give the path a
         new inode, so that the next open gets passthrough; the old handles live on."""
-        if self.passthrough.enabled:
+        if self._passthrough.enabled:
             for state in self._files.cached(object_id):
                 if state.node is not None and not state.node.superseded:
                     self._publish_anew(state)
@@ -370,6 +385,3 @@ class Vfs:
 
 def _check_attributes(size: int) -> Attributes:
     return Attributes(SELF_CHECK_INODE, False, size, 0, os.geteuid(), os.getegid(), lasting=False)
-
-
-__all__ = ["PASSTHROUGH_BIT", "Attributes", "Cache", "FileSystemUsage", "Opened", "Vfs"]
