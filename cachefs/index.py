@@ -24,7 +24,8 @@ class Table(enum.Enum):
     """Every table, its key and value. Values are msgpack of the owner's struct unless said otherwise."""
 
     META = b"meta"  # name -> bytes (format version, boot id, next inode)
-    OBJECTS = b"objects"  # ObjectId.key -> cached.ObjectRecord
+    OBJECTS = b"objects"  # ObjectId.key -> cached.Header
+    CHUNKS = b"chunks"  # ObjectId.key + chunk index, 4 bytes big endian -> digest, 16 bytes
     PINS = b"pins"  # pin id -> cached.Pin
     INODES = b"inodes"  # inode, 4 bytes big endian -> tree's record
     NAMES = b"names"  # digest of (view, path) -> inode, 4 bytes big endian

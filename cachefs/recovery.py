@@ -1,0 +1,115 @@
+"""What a start finds: records and blobs are brought together, what has no counterpart is dropped.
+
+A crash can leave blobs without a record (a fill that was not committed, an eviction that was not finished) and,
+after a power cut, records without a blob. Neither is an error.
+"""
+
+import sys
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from cachefs.blobs import COMMITTED, DIGEST_BYTES, CachedObject
+from cachefs.cached import Header, Pin
+from cachefs.chunk import ObjectId
+from cachefs.index import Index, Table, Write
+from cachefs.tier import BlobStat, Tier
+
+KEY_BYTES = 16
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Found(NamedTuple):
+    """The answer of look(). Nothing has been changed yet."""
+
+    objects: list[CachedObject]
+    """Least recently used first; all chunks COMMITTED."""
+    orphans: list[tuple[str, int]]
+    """Blobs without a usable record, and the bytes that they take."""
+    writes: list[Write]
+    """What makes the index forget records that have no usable blob."""
+    dropped_records: int
+    pins: dict[str, Pin]
+
+
+def look(index: Index, tier: Tier) -> Found:
+    """Compare all records with all blobs. Blocks: for a thread."""
+    blobs: dict[str, BlobStat] = dict(tier.scan())
+    by_key: dict[bytes, CachedObject] = {}
+    writes: list[Write] = []
+    dropped = 0
+    for key, value in index.scan(Table.OBJECTS):
+        cached = _object(value)
+        stat = blobs.get(key.hex())
+        if cached is None or cached.key != key or stat is None or stat.size != cached.object_id.size:
+            writes.append(Write(Table.OBJECTS, key, None))
+            dropped += 1
+            continue
+        cached.disk_bytes = stat.disk_bytes
+        by_key[key] = cached
+    for row, digest in index.scan(Table.CHUNKS):
+        cached = by_key.get(row[:KEY_BYTES])
+        number = int.from_bytes(row[KEY_BYTES:], "big")
+        if cached is None or number >= cached.chunks or len(digest) != DIGEST_BYTES:
+            writes.append(Write(Table.CHUNKS, row, None))
+        else:
+            cached.set_present(number, COMMITTED, digest)
+    for cached in by_key.values():
+        if cached.seal is not None and not cached.complete:
+            cached.seal = None
+    orphans = [(name, stat.disk_bytes) for name, stat in blobs.items() if bytes.fromhex(name) not in by_key]
+    objects = sorted(by_key.values(), key=lambda cached: cached.used_s)
+    return Found(objects, orphans, writes, dropped, _pins(index))
+
+
+def _object(value: bytes) -> CachedObject | None:
+    try:
+        header = msgspec.msgpack.decode(value, type=Header)
+    except msgspec.DecodeError:
+        return None
+    found = header.object
+    # Thousands of objects share a source: one string for all.
+    cached = CachedObject(ObjectId(sys.intern(found.source), found.path, found.size, found.version), header.used_s)
+    cached.seal = header.seal
+    cached.had_backing = header.had_backing
+    cached.has_header = True
+    return cached
+
+
+def _pins(index: Index) -> dict[str, Pin]:
+    pins = (msgspec.msgpack.decode(value, type=Pin) for _, value in index.scan(Table.PINS))
+    return {pin.pin_id: pin for pin in pins}
+
+
+def begin_session(index: Index) -> int:
+    """Note that this boot runs with an open state; the epoch, one higher when the last boot ended uncleanly."""
+    boot = _boot_id()
+    epoch = int(index.get(Table.META, b"epoch") or b"0")
+    last = index.get(Table.META, b"boot")
+    clean = index.get(Table.META, b"clean") == b"1"
+    if last is not None and last != boot and not clean:
+        epoch += 1
+    index.apply(
+        [
+            Write(Table.META, b"boot", boot),
+            Write(Table.META, b"clean", b"0"),
+            Write(Table.META, b"epoch", str(epoch).encode()),
+        ],
+        durable=True,
+    )
+    return epoch
+
+
+def end_session(index: Index) -> None:
+    """All that was written is durable: a reboot from here on is a clean one."""
+    index.apply([Write(Table.META, b"clean", b"1")], durable=True)
+
+
+def _boot_id() -> bytes:
+    try:
+        return BOOT_ID.read_bytes().strip()
+    except OSError:
+        # Never equal to another start's: the state then counts as unclean unless it was closed.
+        return uuid.uuid4().bytes

@@ -1,0 +1,64 @@
+"""A ChunkCache on a real directory, for tests: opened, run and closed around a block."""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import trio
+
+from cachefs.cache import ChunkCache
+from cachefs.config import ServerConfig
+from cachefs.index import Index
+from cachefs.metrics import Metrics
+from cachefs.offload import Offload
+from cachefs.tier.local import LocalTier
+
+MIB = 1024 * 1024
+
+
+def config_for(state: Path, **options: object) -> ServerConfig:
+    return ServerConfig(
+        state_dir=state,
+        runtime_dir=state / "run",
+        **{"cache_bytes_max": 1024 * MIB, **options},  # type: ignore[arg-type]
+    )
+
+
+@contextlib.asynccontextmanager
+async def opened_cache(
+    state: Path,
+    *,
+    tier: LocalTier | None = None,
+    drain: bool = True,
+    buffers: int = 24,
+    hook: Callable[[str], None] = lambda step: None,
+    clock: Callable[[], float] | None = None,
+    **options: object,
+) -> AsyncIterator[ChunkCache]:
+    """`drain=False` abandons everything in flight, as a crash does. `cache.metrics` is the caller's to look at."""
+    config = config_for(state, **options)
+    index = Index(state / "index", map_bytes=256 * MIB)
+    tier = tier or LocalTier(state / "blobs", capacity_bytes=config.cache_bytes_max, free_fraction_min=0.0)
+    extra = {"clock": clock} if clock is not None else {}
+    try:
+        cache = ChunkCache(
+            index=index,
+            tier=tier,
+            offload=Offload(),
+            metrics=Metrics(),
+            config=config,
+            buffers=buffers,
+            hook=hook,
+            **extra,  # type: ignore[arg-type]
+        )
+        await cache.recover()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(cache.run)
+            try:
+                yield cache
+                if drain:
+                    await cache.drain()
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        index.close()
