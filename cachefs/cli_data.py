@@ -78,7 +78,13 @@ def status(command: Command) -> dict[str, Any]:
     try:
         answer: dict[str, Any] = client.call(command.runtime_dir, "status")
     except ServerGone:
-        answer = {"server": None, "keeper": None, "volumes": [], "tiers": [], "cache": {"hit_bytes": 0, "miss_bytes": 0}}
+        answer = {
+            "server": None,
+            "keeper": None,
+            "volumes": [],
+            "tiers": [],
+            "cache": {"hit_bytes": 0, "miss_bytes": 0},
+        }
         if command.state_dir.is_dir():
             # Between the two, a server may have come up: work() asks it then.
             answer["tiers"] = work(command, "tiers", None, {})
@@ -97,7 +103,9 @@ def print_status(found: dict[str, Any]) -> None:
         )
     for volume in found["volumes"]:
         more = "" if volume["listing_complete"] else ", not all directories listed yet"
-        click.echo(f"{volume['source']} on {', '.join(volume['mountpoints']) or '(not mounted yet)'} ({volume['mode']})")
+        click.echo(
+            f"{volume['source']} on {', '.join(volume['mountpoints']) or '(not mounted yet)'} ({volume['mode']})"
+        )
         click.echo(
             f"  {human_bytes(volume['bytes_local'])} of {human_bytes(volume['bytes_total'])} local, "
             f"{volume['objects_sealed']} of {volume['objects_total']} objects sealed{more}"
@@ -105,7 +113,9 @@ def print_status(found: dict[str, Any]) -> None:
         for reason in volume["mode_reasons"]:
             click.echo(f"  no passthrough: {reason}")
     for tier in found["tiers"]:
-        click.echo(f"tier {tier['name']}: {human_bytes(tier['used_bytes'])} of {human_bytes(tier['capacity_bytes'])} used")
+        click.echo(
+            f"tier {tier['name']}: {human_bytes(tier['used_bytes'])} of {human_bytes(tier['capacity_bytes'])} used"
+        )
     cache = found["cache"]
     click.echo(f"read: {human_bytes(cache['hit_bytes'])} from cache, {human_bytes(cache['miss_bytes'])} from the store")
 
@@ -132,5 +142,3 @@ def settings(command: Command, *, origin: bool) -> dict[str, Any]:
         plain = msgspec.to_builtins(value, enc_hook=str)
         found[name] = {"value": plain, "origin": item.origin} if origin else plain
     return found
-
-

@@ -79,12 +79,16 @@ def mount(command: Command, source: str, mountpoint: str, *, foreground: bool) -
 
 def _check_places(server: ServerConfig, place: Path) -> None:
     if not os.path.exists("/dev/fuse"):
-        raise UsageError("there is no /dev/fuse: load the kernel module with `modprobe fuse`, or let the container have it")
+        raise UsageError(
+            "there is no /dev/fuse: load the kernel module with `modprobe fuse`, or let the container have it"
+        )
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise UsageError("/dev/fuse may not be opened by this user: give access to it, or run as root")
     state_dir = Path(os.path.realpath(server.state_dir))
     if place == state_dir or place in state_dir.parents or state_dir in place.parents:
-        raise UsageError(f"the mount point {place} and the state directory {state_dir} lie in each other: separate them")
+        raise UsageError(
+            f"the mount point {place} and the state directory {state_dir} lie in each other: separate them"
+        )
 
 
 def _make_runtime_dir(runtime_dir: Path, uid: int) -> None:
@@ -92,7 +96,9 @@ def _make_runtime_dir(runtime_dir: Path, uid: int) -> None:
         runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = runtime_dir.stat()
         if found.st_uid != uid:
-            raise UsageError(f"{runtime_dir} belongs to user {found.st_uid}: set XDG_RUNTIME_DIR to a directory of yours")
+            raise UsageError(
+                f"{runtime_dir} belongs to user {found.st_uid}: set XDG_RUNTIME_DIR to a directory of yours"
+            )
         runtime_dir.chmod(0o700)
     except OSError as exc:
         raise UsageError(f"{runtime_dir} cannot be made ({exc.strerror}): set XDG_RUNTIME_DIR") from exc
@@ -135,7 +141,9 @@ def _mount_locked(
             client.call(server.runtime_dir, "check_options", {"options": options})
             return _answer(running, already=True)
         if foreground:
-            raise UsageError(f"{server.state_dir} has a server in the background: give --foreground another --state-dir")
+            raise UsageError(
+                f"{server.state_dir} has a server in the background: give --foreground another --state-dir"
+            )
         try:
             params = {"volume": msgspec.to_builtins(volume), "options": options}
             added = client.call(server.runtime_dir, "volume_add", params, timeout_s=180.0)
@@ -290,7 +298,9 @@ class _Gone:
         while not self._ended():
             if name is not None:
                 with contextlib.suppress(ServerGone, RemoteError):
-                    names = [item["name"] for item in client.call(self._runtime_dir, "volumes", timeout_s=5.0)["volumes"]]
+                    names = [
+                        item["name"] for item in client.call(self._runtime_dir, "volumes", timeout_s=5.0)["volumes"]
+                    ]
                     if names and name not in names:
                         return True
             if time.monotonic() > deadline:
@@ -304,7 +314,9 @@ def umount(command: Command, mountpoint: str | None, *, everything: bool, lazy: 
     if everything == (mountpoint is not None):
         raise UsageError("give either a mount point or --all")
     if mountpoint is not None:
-        place = Path(os.path.realpath(mountpoint)) if not os.path.ismount(mountpoint) else Path(os.path.abspath(mountpoint))
+        place = (
+            Path(os.path.realpath(mountpoint)) if not os.path.ismount(mountpoint) else Path(os.path.abspath(mountpoint))
+        )
         return _umount_one(command, place, lazy=lazy)
     return _umount_all(command, lazy=lazy)
 

@@ -140,9 +140,7 @@ class _Client:
         return outcome[0]
 
     async def _send_error(self, error: CachefsError) -> None:
-        await self._send(
-            {"error": {"type": type(error).__name__, "message": str(error), "exit_code": error.exit_code}}
-        )
+        await self._send({"error": {"type": type(error).__name__, "message": str(error), "exit_code": error.exit_code}})
 
     async def _send(self, answer: dict[str, Any]) -> None:
         data = msgspec.json.encode(answer, enc_hook=str) + b"\n"
@@ -199,7 +197,6 @@ async def serve(
         finally:
             clients -= 1
 
-    async with _listening(runtime_dir / SOCKET_NAME) as listener:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(trio.serve_listeners, handle, [listener])
-            task_status.started()
+    async with _listening(runtime_dir / SOCKET_NAME) as listener, trio.open_nursery() as nursery:
+        await nursery.start(trio.serve_listeners, handle, [listener])
+        task_status.started()

@@ -272,12 +272,13 @@ class Core:
         pins = [
             pin
             for pin in self.cache.pins()
-            if pin.source == whole.source and (pin.path == whole.path or whole.covers(ObjectId(pin.source, pin.path, 0, "")))
+            if pin.source == whole.source
+            and (pin.path == whole.path or whole.covers(ObjectId(pin.source, pin.path, 0, "")))
         ]
         if not pins:
             raise NotFound(f"nothing at {source.config.source} is pinned")
         for pin in pins:
-            await self.cache.unpin(pin)
+            await self.cache.unpin(pin.pin_id)
         return {"source": source.config.source, "pinned": False, "pins": len(pins)}
 
     def _covered(self, source: Source | None) -> list[ObjectId] | None:
@@ -295,9 +296,7 @@ class Core:
             "skipped": [{"path": object_id.path, "reason": reason} for object_id, reason in report.skipped],
         }
 
-    async def verify(
-        self, source: Source | None, *, repair: bool, rebuild: bool, progress: Progress
-    ) -> dict[str, Any]:
+    async def verify(self, source: Source | None, *, repair: bool, rebuild: bool, progress: Progress) -> dict[str, Any]:
         """Compare every local chunk with its digest."""
         report = await self.cache.verify(
             self._covered(source),
@@ -321,8 +320,6 @@ class Core:
         return builtins
 
 
-
-
 def _pin_id(source: Source) -> str:
     return ObjectId(source.store.identity, source.path, 0, "").key.hex()
 
@@ -341,9 +338,7 @@ async def open_core(config: ServerConfig, metrics: Metrics, *, session: str) -> 
         )
         cache = ChunkCache(index=index, tier=tier, offload=offload, metrics=metrics, config=config, clock=time.time)
         snapshots = Snapshots(index, offload, time.time, session=session, offline=config.offline)
-        core = Core(
-            config, index=index, tier=tier, offload=offload, cache=cache, snapshots=snapshots, metrics=metrics
-        )
+        core = Core(config, index=index, tier=tier, offload=offload, cache=cache, snapshots=snapshots, metrics=metrics)
         await cache.recover()
         async with trio.open_nursery() as nursery:
             await nursery.start(cache.run)

@@ -9,20 +9,17 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import trio
 
 from cachefs import control, fuse, logs
 from cachefs.core import Core, first_error, open_core
 from cachefs.errors import CachefsError, WorkFailed
-from cachefs.kernel.wire import features
 from cachefs.ledger import Ledger
 from cachefs.link import KeeperLink
 from cachefs.metrics import Metrics, serve_metrics
 from cachefs.notifier import Notifier
-from cachefs.passthrough import Passthrough, unavailable_reason
-from cachefs.prefetch import Prefetcher
 from cachefs.server import Server
 from cachefs.state import state_lock
 from cachefs.tree import Tree
@@ -30,8 +27,6 @@ from cachefs.vfs import Vfs
 
 LOCK_WAIT_S = 10.0
 """A server that was killed may take so long to let go of the state directory (its threads finish a write)."""
-UNMOUNT_GRACE_S = 0.1
-"""The kernel has failed what was in flight already."""
 
 log = logging.getLogger(__name__)
 
@@ -68,29 +63,13 @@ async def _run(link: KeeperLink) -> None:
     async with open_core(config.server, metrics, session=config.session) as core:
         tree = Tree(core.index, core.offload, core.snapshots, volumes_at_root=config.as_root)
         notifier = Notifier(session.fuse_fd)
-        offered = features(session.init, ())
-        reason = unavailable_reason(
-            masked="passthrough" in config.server.kernel_disable,
-            extension_built=fuse.SHIM_BUILT,
-            offered="passthrough" in offered,
-        )
-        vfs = Vfs(
-            tree=tree,
-            cache=core.cache,
-            notifier=notifier,
-            passthrough=Passthrough(link, core.cache, notifier.is_known, reason),
-            prefetcher=Prefetcher(core.cache),
-            ledger=ledger,
-            metrics=metrics,
-        )
+        vfs = Vfs(tree=tree, cache=core.cache, notifier=notifier, link=link, ledger=ledger, metrics=metrics)
         server = Server(core=core, tree=tree, link=link, ledger=ledger, vfs=vfs, metrics=metrics)
         await _serve(link, core, tree, notifier, vfs, server)
     # The index is closed: whoever waits for the lock finds all in order.
 
 
-async def _serve(
-    link: KeeperLink, core: Core, tree: Tree, notifier: Notifier, vfs: Vfs, server: Server
-) -> None:
+async def _serve(link: KeeperLink, core: Core, tree: Tree, notifier: Notifier, vfs: Vfs, server: Server) -> None:
     config = link.session.config
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
@@ -99,43 +78,30 @@ async def _serve(
         await nursery.start(tree.run)
         nursery.start_soon(notifier.run)
         await server.add_first_volumes()
-        vfs.adopt()
         await nursery.start(vfs.run)
         if config.server.metrics is not None:
             host, _, port = config.server.metrics.rpartition(":")
             await nursery.start(serve_metrics, server.exposition, host.strip("[]"), int(port))
-        stopper = fuse.Stopper()
         ended = trio.Event()
-        await nursery.start(_serve_fuse, vfs, link, stopper, ended)
-        await vfs.check_passthrough(config.mountpoint, core.tier.directory)
+        await nursery.start(_serve_fuse, vfs, link, stop, ended)
         await nursery.start(control.serve, config.server.runtime_dir, server.methods())
         nursery.start_soon(server.watch_binds)
         link.ready()
         log.info("serving %d volumes", len(core.volumes))
-        async with trio.open_nursery() as first:  # whichever comes first: told to stop, or unmounted
-            first.start_soon(_then_cancel, stop.wait, first.cancel_scope)
-            first.start_soon(_then_cancel, ended.wait, first.cancel_scope)
-        if not ended.is_set():
-            stopper.stop(fuse.HAND_OVER_GRACE_S if link.stop_kind == "hand_over" else UNMOUNT_GRACE_S)
-            await ended.wait()
+        await ended.wait()
         nursery.cancel_scope.cancel()
-
-
-async def _then_cancel(wait: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
-    await wait()
-    scope.cancel()
 
 
 async def _serve_fuse(
     vfs: Vfs,
     link: KeeperLink,
-    stopper: fuse.Stopper,
+    stop: trio.Event,
     ended: trio.Event,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """FUSE ends by itself when the kernel has unmounted: then everything does."""
-    await fuse.serve(vfs, link.session, stopper, task_status=task_status)
+    """FUSE ends when it is told to, or by itself when the kernel has unmounted: then everything does."""
+    await fuse.serve(vfs, link.session, stop=stop, task_status=task_status)
     ended.set()
 
 

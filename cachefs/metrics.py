@@ -8,7 +8,7 @@ on counting, exactly, when a server is killed and the next one starts.
 import itertools
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -22,9 +22,7 @@ from cachefs.errors import UsageError
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 ERROR_CLASSES = (
     *sorted(
-        name
-        for name, kind in vars(errors).items()
-        if isinstance(kind, type) and issubclass(kind, errors.CachefsError)
+        name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.CachefsError)
     ),
     "other",
 )
@@ -42,14 +40,18 @@ class MetricInfo(msgspec.Struct, frozen=True):
     help: str
 
 
-class _Cell(Protocol):
-    def inc(self, amount: float = 1.0) -> None: ...
+class Doubles(Protocol):
+    """A list of floats, or shared memory as a memoryview."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, slot: int, /) -> float: ...
+    def __setitem__(self, slot: int, value: float, /) -> None: ...
 
 
 class _MappedCell:
     """One label combination of a counter: one double of the array."""
 
-    def __init__(self, values: MutableSequence[float], slot: int) -> None:
+    def __init__(self, values: Doubles, slot: int) -> None:
         self._values = values
         self._slot = slot
 
@@ -68,7 +70,7 @@ class MappedCounter:
         name: str,
         help: str,
         labels: Mapping[str, Sequence[str]],
-        values: MutableSequence[float],
+        values: Doubles,
         first_slot: int,
     ) -> None:
         self.name = name
@@ -119,7 +121,7 @@ class MappedHistogram:
 
     slots = len(SECONDS) + 2
 
-    def __init__(self, name: str, help: str, values: MutableSequence[float], first_slot: int) -> None:
+    def __init__(self, name: str, help: str, values: Doubles, first_slot: int) -> None:
         self.name = name
         self.help = help
         self.label_names: tuple[str, ...] = ()
@@ -146,9 +148,9 @@ _Mapped = TypeVar("_Mapped", MappedCounter, MappedHistogram)
 class Metrics:
     """The metrics of one server. `values`: at least SLOTS writable doubles (from the ledger), else private ones."""
 
-    def __init__(self, values: MutableSequence[float] | None = None) -> None:
+    def __init__(self, values: Doubles | None = None) -> None:
         self.registry = CollectorRegistry()
-        self._values: MutableSequence[float] = [0.0] * SLOTS if values is None else values
+        self._values: Doubles = [0.0] * SLOTS if values is None else values
         assert len(self._values) >= SLOTS, len(self._values)
         self._next_slot = 1
         self._mapped: list[MappedCounter | MappedHistogram] = []
@@ -158,7 +160,7 @@ class Metrics:
         assert self._next_slot <= SLOTS, self._next_slot
         self._adopt_layout()
         for metric in self._mapped:
-            self.registry.register(metric)  # type: ignore[arg-type]  # has collect(), which is all that is used
+            self.registry.register(metric)
 
     def _define_counters(self) -> None:
         self.read_bytes = self._counter(
@@ -177,13 +179,9 @@ class Metrics:
             {"kind": ("get", "list"), "result": ("ok", "retry", "error")},
         )
         self.store_bytes = self._counter("cachefs_store_bytes", "Bytes fetched from the store.", {})
-        self.evicted_objects = self._counter(
-            "cachefs_evicted_objects", "Objects evicted from the local tier.", {}
-        )
+        self.evicted_objects = self._counter("cachefs_evicted_objects", "Objects evicted from the local tier.", {})
         self.evicted_bytes = self._counter("cachefs_evicted_bytes", "Bytes evicted from the local tier.", {})
-        self.errors = self._counter(
-            "cachefs_errors", "Errors answered or met, by class.", {"error": ERROR_CLASSES}
-        )
+        self.errors = self._counter("cachefs_errors", "Errors answered or met, by class.", {"error": ERROR_CLASSES})
         self.tier_write_errors = self._counter(
             "cachefs_tier_write_errors", "Chunks that could not be kept (disk full or failing).", {}
         )

@@ -35,9 +35,7 @@ class ServerStopping(CachefsError):
 class Server:
     """One per process, on the trio thread."""
 
-    def __init__(
-        self, *, core: Core, tree: Tree, link: KeeperLink, ledger: Ledger, vfs: Vfs, metrics: Metrics
-    ) -> None:
+    def __init__(self, *, core: Core, tree: Tree, link: KeeperLink, ledger: Ledger, vfs: Vfs, metrics: Metrics) -> None:
         self._core = core
         self._tree = tree
         self._link = link
@@ -161,7 +159,7 @@ class Server:
         volumes = []
         for volume in list(self._core.volumes.values()):
             places = bound.get(volume.name, []) if self._config.as_root else [self._config.mountpoint]
-            reason = self._vfs.passthrough.reason
+            passthrough, reasons = self._vfs.passthrough_state()
             volumes.append(
                 {
                     "name": volume.name,
@@ -169,8 +167,8 @@ class Server:
                     "mountpoint": str(places[0]) if places else None,
                     "mountpoints": [str(place) for place in places],
                     "mode": volume.config.mode,
-                    "passthrough": not reason,
-                    "mode_reasons": [reason] if reason else [],
+                    "passthrough": passthrough,
+                    "mode_reasons": reasons,
                     **await self._core.volume_totals(volume),
                 }
             )

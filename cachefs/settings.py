@@ -359,5 +359,3 @@ def volume_config(settings: Settings, source: str) -> VolumeConfig:
         raise UsageError("--anonymous and --profile exclude each other: choose one")
     config = VolumeConfig(name="", source=source, **values)
     return msgspec.structs.replace(config, name=volume_name(config))
-
-

@@ -7,7 +7,16 @@ import subprocess
 from pathlib import Path
 
 from cachefs.errors import UsageError
-from cachefs.kernel.mounts import FSTYPE, FUSERMOUNT_TIMEOUT_S, MNT_DETACH, MS_NODEV, MS_NOSUID, MS_RDONLY, Mount, find_mount
+from cachefs.kernel.mounts import (
+    FSTYPE,
+    FUSERMOUNT_TIMEOUT_S,
+    MNT_DETACH,
+    MS_NODEV,
+    MS_NOSUID,
+    MS_RDONLY,
+    Mount,
+    find_mount,
+)
 
 MS_REMOUNT, MS_BIND = 32, 4096
 
