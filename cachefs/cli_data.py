@@ -13,7 +13,7 @@ from cachefs.cli_context import Command
 from cachefs.client import ServerGone
 from cachefs.errors import StateBusy, UsageError
 from cachefs.output import Show, human_bytes
-from cachefs.state import state_lock
+from cachefs.state import remembered_size, state_lock
 
 BUSY_S = 20.0
 """A server that restarts answers again well within this."""
@@ -62,9 +62,13 @@ def _directly(command: Command, method: str, params: Mapping[str, Any], show: Sh
     from cachefs.work import work_methods
 
     logs.set_up(command.state_dir, "error", "text")
+    config = command.server_config()
+    remembered = remembered_size(command.state_dir)
+    if remembered is not None and not command.settings.is_set("cache_size"):
+        config = msgspec.structs.replace(config, cache_bytes_max=remembered)
 
     async def run() -> Any:
-        async with open_core(command.server_config(), Metrics(), session=uuid.uuid4().hex) as core:
+        async with open_core(config, Metrics(), session=uuid.uuid4().hex) as core:
             return await work_methods(core)[method](params, show, Caller(os.getpid(), command.uid, os.getegid()))
 
     try:

@@ -66,6 +66,7 @@ def mount(command: Command, source: str, mountpoint: str, *, foreground: bool) -
             recover_dead_mount(place)
             done = _mount_locked(command, server, volume, place, foreground=foreground)
     except BaseException:
+        _tidy(server.runtime_dir)
         _remove_if_empty(made)
         raise
     return {

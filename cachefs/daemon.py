@@ -21,14 +21,14 @@ from cachefs.link import KeeperLink
 from cachefs.metrics import Metrics, serve_metrics
 from cachefs.notifier import Notifier
 from cachefs.server import Server
-from cachefs.state import state_lock
+from cachefs.state import remember_size, state_lock
 from cachefs.tree import Tree
 from cachefs.vfs import Vfs
 
 LOCK_WAIT_S = 10.0
 """A server that was killed may take so long to let go of the state directory (its threads finish a write)."""
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("cachefs.daemon")  # __name__ is "__main__" here
 
 
 def main(arguments: list[str]) -> int:
@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> int:
     log.info("server %d of this mount starts (keeper %d)", link.session.generation, link.session.keeper_pid)
     try:
         with state_lock(server.state_dir, wait_s=LOCK_WAIT_S if link.session.generation else 0.0):
+            remember_size(server.state_dir, server.cache_bytes_max)
             trio.run(functools.partial(_run, link), restrict_keyboard_interrupt_to_checkpoints=True)
     except BaseException as exc:
         error = first_error(exc)

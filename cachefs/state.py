@@ -11,6 +11,7 @@ from pathlib import Path
 from cachefs.errors import StateBusy, UsageError
 
 LOCK_NAME = "lock"
+SIZE_NAME = "cache_bytes_max"
 
 
 @contextlib.contextmanager
@@ -69,3 +70,18 @@ def state_lock(state_dir: Path, *, wait_s: float = 0.0) -> Iterator[None]:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
+
+
+def remember_size(state_dir: Path, cache_bytes_max: int) -> None:
+    """What the last server was told to keep at most; a command without a server must not evict down to less."""
+    new = state_dir / (SIZE_NAME + ".new")
+    new.write_text(f"{cache_bytes_max}\n")
+    new.replace(state_dir / SIZE_NAME)
+
+
+def remembered_size(state_dir: Path) -> int | None:
+    """In bytes; None when no server has run."""
+    try:
+        return int((state_dir / SIZE_NAME).read_text())
+    except (OSError, ValueError):
+        return None
