@@ -1,5 +1,7 @@
 """Spans cover exactly what was asked for, in order, inside the object."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +20,7 @@ def test_spans_cover_the_range_once_and_in_order(size: int, offset: int, length:
     assert sum(stop - start for start, stop in covered) == expected
     if covered:
         assert covered[0][0] == offset
-        assert all(a[1] == b[0] for a, b in zip(covered, covered[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(covered))
 
 
 @given(size=st.integers(1, 5 * CHUNK_BYTES))

@@ -1,0 +1,53 @@
+# The commands of this repository. `make demo` and `make test` work on a fresh Debian or Ubuntu machine.
+SHELL := /bin/bash
+PY := .venv/bin/python
+
+.PHONY: help setup lint test demo test-fresh soak setup-bench bench bench-quick bench-warm clean
+
+help:
+	@echo 'make setup        system packages, .venv and the command .venv/bin/cachefs'
+	@echo 'make demo         a real model from a real S3 server through the mount, cold and warm, every byte compared'
+	@echo 'make test         set-up, checks and all tests (a .ci/run calls this)'
+	@echo 'make lint         ruff, mypy --strict, import-linter'
+	@echo 'make test-fresh   set-up and demo in a bare Debian (needs root and mmdebstrap)'
+	@echo 'make soak         the long forms of the tests: hundreds of kills'
+	@echo 'make bench        cold and warm against the peers (about an hour; bench-quick: some minutes, no figures to keep)'
+	@echo 'make bench-warm   warm reads only'
+	@echo 'make clean        removes what these commands made, .venv included'
+
+setup:
+	@scripts/setup.sh
+
+lint: setup
+	@scripts/lint.sh
+
+test: lint
+	@scripts/test.sh
+
+demo: setup
+	@$(PY) -m benchmarks.demo
+
+test-fresh:
+	@scripts/fresh.sh
+
+soak: setup
+	@scripts/test.sh --soak
+
+setup-bench: setup
+	@scripts/setup-bench.sh
+
+bench: setup-bench
+	@$(PY) -m benchmarks.cold --rounds 5 --mib 1024
+	@$(PY) -m benchmarks.warm --rounds 7 --mib 1024
+
+bench-quick: setup-bench
+	@$(PY) -m benchmarks.cold --rounds 1 --mib 64 --output .setup/bench
+	@$(PY) -m benchmarks.warm --rounds 1 --mib 64 --output .setup/bench
+
+bench-warm: setup-bench
+	@$(PY) -m benchmarks.warm --rounds 7 --mib 1024
+
+clean:
+	rm -rf .venv .setup build dist *.egg-info bench-data .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -f cachefs/_fuseshim*.so
+	find cachefs tests benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +

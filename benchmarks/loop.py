@@ -1,0 +1,108 @@
+"""The reference for cold reads: GET, digest, store, commit, as the cache does it, without FUSE and without a reader.
+
+`python -m benchmarks.loop ENDPOINT_URL DIRECTORY`: prints JSON. What is lost from here to a cold read through the
+mount is what serving costs.
+"""
+
+import json
+import mmap
+import os
+import queue
+import resource
+import sys
+import threading
+import time
+from pathlib import Path
+
+import lmdb
+import xxhash
+
+from cachefs.chunk import CHUNK_BYTES, ObjectId, chunk_count, chunk_length
+from cachefs.config import VolumeConfig
+from cachefs.store import Store
+from cachefs.store.open import open_store
+
+from .harness import BUCKET, PREFIX
+
+CONNECTIONS = 16
+COMMIT_CHUNKS = 16
+
+
+class Loop:
+    """Fetches one object into a sparse file with CONNECTIONS threads; commits every COMMIT_CHUNKS chunks."""
+
+    def __init__(self, store: Store, object_id: ObjectId, work: Path) -> None:
+        self._store = store
+        self._object_id = object_id
+        self._blob = work / "blob"
+        self._environment = lmdb.open(str(work / "index"), map_size=1 << 30, metasync=False)
+        self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[int, bytes] | BaseException] = queue.SimpleQueue()
+        # Page-aligned, as O_DIRECT wants it, touched before the first use and used again for every chunk.
+        self._buffers = [memoryview(mmap.mmap(-1, CHUNK_BYTES)) for _ in range(CONNECTIONS)]
+        for buffer in self._buffers:
+            buffer[:] = bytes(CHUNK_BYTES)
+
+    def run(self) -> None:
+        count = chunk_count(self._object_id.size)
+        with self._blob.open("wb") as file:
+            file.truncate(self._object_id.size)
+        for index in range(count):
+            self._todo.put(index)
+        threads = [threading.Thread(target=self._fetch, args=(buffer,), daemon=True) for buffer in self._buffers]
+        for thread in threads:
+            thread.start()
+        self._commit(count)
+
+    def _fetch(self, buffer: memoryview) -> None:
+        direct = os.open(self._blob, os.O_WRONLY | os.O_DIRECT)
+        buffered = os.open(self._blob, os.O_WRONLY)
+        try:
+            while True:
+                index = self._todo.get_nowait()
+                length = chunk_length(self._object_id.size, index)
+                start = index * CHUNK_BYTES
+                self._store.fetch_into(buffer[:length], self._object_id, start, start + length, lambda count: None)
+                digest = xxhash.xxh3_128_digest(buffer[:length])
+                aligned = length // 4096 * 4096
+                os.pwrite(direct, buffer[:aligned], start)
+                if aligned < length:
+                    os.pwrite(buffered, buffer[aligned:length], start + aligned)
+                self._done.put((index, digest))
+        except queue.Empty:
+            return
+        except BaseException as exc:
+            self._done.put(exc)
+
+    def _commit(self, count: int) -> None:
+        blob = os.open(self._blob, os.O_RDWR)
+        batch: list[tuple[int, bytes]] = []
+        for number in range(1, count + 1):
+            done = self._done.get()
+            if isinstance(done, BaseException):
+                raise done
+            batch.append(done)
+            if len(batch) == COMMIT_CHUNKS or number == count:
+                os.fdatasync(blob)
+                with self._environment.begin(write=True) as transaction:
+                    for index, digest in batch:
+                        transaction.put(index.to_bytes(8, "big"), digest)
+                batch.clear()
+
+
+def main(endpoint_url: str, work: Path) -> dict[str, float]:
+    volume = VolumeConfig(name="loop", source=f"s3://{BUCKET}/{PREFIX}", endpoint_url=endpoint_url, region="us-east-1")
+    store = open_store(volume, get_timeout_s=30, list_timeout_s=30)
+    info = next(info for page in store.list_directory("") for info in page.objects)
+    loop = Loop(store, store.object_id(info), work)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    started = time.perf_counter()
+    loop.run()
+    seconds = time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": seconds, "bytes": info.size, "cpu_seconds": cpu_seconds, "rss_mib": after.ru_maxrss / 1024}
+
+
+if __name__ == "__main__":
+    json.dump(main(sys.argv[1], Path(sys.argv[2])), sys.stdout)

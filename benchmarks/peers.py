@@ -1,0 +1,248 @@
+"""The file systems that are compared, each behind the same four verbs."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Protocol
+
+from tests.support.s3 import S3Server
+
+from .harness import (
+    BUCKET,
+    OBJECT,
+    PREFIX,
+    BenchError,
+    cachefs_command,
+    descendants,
+    free_port,
+    is_mounted,
+    metric_sum,
+    program,
+    read_metrics,
+    unmount,
+    wait_for,
+)
+
+
+class Peer(Protocol):
+    """One way to read the object as a file. `work` is a directory of its own, empty before start()."""
+
+    name: str
+
+    def start(self, work: Path, server: S3Server) -> Path:
+        """Ready: the path to read. An empty cache."""
+
+    def make_warm(self, path: Path) -> None:
+        """All bytes are local afterwards."""
+
+    def pids(self) -> list[int]:
+        """The processes whose processor time and memory count."""
+
+    def upcalls(self) -> float | None:
+        """READ requests that reached the process so far; None where it does not tell."""
+
+    def stop(self) -> None:
+        """Unmounted, ended. Never raises for what was never started."""
+
+
+class Native:
+    """A plain local file on the same file system: what warm reads are measured against."""
+
+    name = "native"
+
+    def __init__(self, original: Path) -> None:
+        self._original = original
+
+    def start(self, work: Path, server: S3Server) -> Path:
+        target = work / OBJECT
+        # A copy that shares no blocks: a reflink would share page cache with nobody, but be laid out differently.
+        subprocess.run(["cp", "--reflink=never", str(self._original), str(target)], check=True)
+        return target
+
+    def make_warm(self, path: Path) -> None:
+        read_whole(path)
+
+    def pids(self) -> list[int]:
+        return []
+
+    def upcalls(self) -> float | None:
+        return 0.0
+
+    def stop(self) -> None:
+        return None
+
+
+class Cachefs:
+    """This project."""
+
+    name = "cachefs"
+
+    def __init__(self) -> None:
+        self._mountpoint: Path | None = None
+        self._state = Path()
+        self._environment: dict[str, str] = {}
+        self._metrics = ""
+
+    def _run(self, *arguments: str) -> str:
+        command = [*cachefs_command(), *arguments, "--state-dir", str(self._state)]
+        done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise BenchError(f"`cachefs {' '.join(arguments)}`: {done.stderr.strip() or done.stdout.strip()}")
+        return done.stdout
+
+    def start(self, work: Path, server: S3Server) -> Path:
+        self._mountpoint, self._state = work / "mnt", work / "state"
+        self._mountpoint.mkdir()
+        self._environment = server.env()
+        self._metrics = f"127.0.0.1:{free_port()}"
+        source = f"s3://{BUCKET}/{PREFIX}"
+        options = ("--endpoint-url", server.endpoint_url, "--metrics", self._metrics)
+        self._run("mount", source, str(self._mountpoint), *options)
+        return self._mountpoint / OBJECT
+
+    def make_warm(self, path: Path) -> None:
+        read_whole(path)
+
+        def sealed() -> bool:
+            volume = json.loads(self._run("status", "--json"))["volumes"][0]
+            return bool(volume["objects_sealed"] >= 1)
+
+        wait_for(sealed, "the object is sealed", 120)
+
+    def pids(self) -> list[int]:
+        status = json.loads(self._run("status", "--json"))
+        return [status["server"]["pid"], status["keeper"]["pid"]]
+
+    def upcalls(self) -> float | None:
+        return metric_sum(read_metrics(self._metrics), "cachefs_read_requests_total")
+
+    def stop(self) -> None:
+        if self._mountpoint is not None and is_mounted(self._mountpoint):
+            self._run("umount", str(self._mountpoint))
+
+
+class Foreground:
+    """A peer that is one process in the foreground while it is mounted."""
+
+    name = "?"
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._mountpoint: Path | None = None
+
+    def command(self, work: Path, server: S3Server, mountpoint: Path) -> tuple[list[str], dict[str, str]]:
+        """Command and environment."""
+        raise NotImplementedError
+
+    def path(self, mountpoint: Path) -> Path:
+        return mountpoint / PREFIX / OBJECT
+
+    def start(self, work: Path, server: S3Server) -> Path:
+        mountpoint = work / "mnt"
+        mountpoint.mkdir()
+        command, environment = self.command(work, server, mountpoint)
+        self._mountpoint = mountpoint
+        with (work / "peer.log").open("wb") as log:
+            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+        def ready() -> bool:
+            assert self._process is not None
+            if self._process.poll() is not None:
+                raise BenchError(f"{self.name} ended: {(work / 'peer.log').read_text(errors='replace')[-500:]}")
+            return is_mounted(mountpoint) and self.path(mountpoint).exists()
+
+        wait_for(ready, f"{self.name} is mounted")
+        return self.path(mountpoint)
+
+    def make_warm(self, path: Path) -> None:
+        read_whole(path)
+
+    def pids(self) -> list[int]:
+        return descendants(self._process.pid) if self._process else []
+
+    def upcalls(self) -> float | None:
+        return None
+
+    def stop(self) -> None:
+        if self._mountpoint is not None:
+            unmount(self._mountpoint)
+        if self._process is not None:
+            try:
+                self._process.wait(20)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
+class Rclone(Foreground):
+    """rclone mount with its full cache and parallel streams (they came after 1.60: Debian's is no fair peer)."""
+
+    name = "rclone"
+
+    def command(self, work: Path, server: S3Server, mountpoint: Path) -> tuple[list[str], dict[str, str]]:
+        remote = {"TYPE": "s3", "PROVIDER": "Other", "ENDPOINT": server.endpoint_url, "ENV_AUTH": "true"}
+        remote |= {"FORCE_PATH_STYLE": "true", "REGION": "us-east-1"}
+        environment = server.env() | {f"RCLONE_CONFIG_BENCH_{key}": value for key, value in remote.items()}
+        environment["RCLONE_CONFIG"] = str(work / "rclone.conf")
+        flags = "--read-only --vfs-cache-mode full --vfs-read-ahead 256M --buffer-size 16M --dir-cache-time 1h"
+        flags += " --attr-timeout 1h --no-modtime --no-checksum --vfs-fast-fingerprint --max-read-ahead 1M"
+        flags += " --vfs-read-chunk-size 8M --vfs-read-chunk-streams 16"
+        (work / "cache").mkdir()
+        where = [f"bench:{BUCKET}", str(mountpoint), "--cache-dir", str(work / "cache")]
+        return [program("rclone"), "mount", *where, *flags.split()], environment
+
+
+class S3fs(Foreground):
+    """s3fs-fuse, 16 parallel requests of 10 MB (its smallest useful part)."""
+
+    name = "s3fs"
+
+    def command(self, work: Path, server: S3Server, mountpoint: Path) -> tuple[list[str], dict[str, str]]:
+        passwords = work / "passwd"
+        passwords.touch(0o600)
+        passwords.write_text(f"{server.access_key}:{server.secret_key}\n")
+        (work / "cache").mkdir()
+        options = [f"use_cache={work / 'cache'}", "parallel_count=16", "multipart_size=10", "multireq_max=64"]
+        options += ["kernel_cache", "stat_cache_expire=3600", "sigv4", "use_path_request_style", "ro"]
+        options += [f"url={server.endpoint_url}", f"passwd_file={passwords}", "endpoint=us-east-1"]
+        return [program("s3fs"), BUCKET, str(mountpoint), "-f", "-o", ",".join(options)], server.env()
+
+
+class Juicefs(Foreground):
+    """JuiceFS over the same server, with SQLite for its metadata. It cannot show a prefix: the data is imported."""
+
+    name = "juicefs"
+
+    def __init__(self, original: Path) -> None:
+        super().__init__()
+        self._original = original
+
+    def command(self, work: Path, server: S3Server, mountpoint: Path) -> tuple[list[str], dict[str, str]]:
+        meta = f"sqlite3://{work / 'meta.db'}"
+        storage = ["--storage", "s3", "--bucket", f"{server.endpoint_url}/juicefs", "--trash-days", "0"]
+        keys = {"ACCESS_KEY": server.access_key, "SECRET_KEY": server.secret_key}
+        environment = server.env() | keys
+        server.request("PUT", "/juicefs")
+        done = subprocess.run(
+            [program("juicefs"), "format", meta, "bench", *storage], env=environment, capture_output=True, check=False
+        )
+        if done.returncode != 0:
+            raise BenchError(f"juicefs format: {done.stderr.decode(errors='replace')[-500:]}")
+        flags = ["--no-usage-report", "--cache-dir", str(work / "cache"), "--open-cache", "3600"]
+        flags += ["--attr-cache", "3600", "--entry-cache", "3600"]
+        return [program("juicefs"), "mount", meta, str(mountpoint), *flags], environment
+
+    def path(self, mountpoint: Path) -> Path:
+        target = mountpoint / OBJECT
+        if is_mounted(mountpoint) and not target.exists():
+            subprocess.run(["cp", str(self._original), str(target)], check=True)
+            os.sync()
+        return target
+
+
+def read_whole(path: Path) -> None:
+    with path.open("rb", buffering=0) as file:
+        buffer = bytearray(1024 * 1024)
+        while file.readinto(buffer):
+            pass

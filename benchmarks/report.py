@@ -1,0 +1,131 @@
+"""Rounds to medians, medians to a text table, all of it to JSON."""
+
+import datetime
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from .harness import Machine
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """One measurement of one peer in one round."""
+
+    peer: str
+    workload: str
+    round: int
+    seconds: float
+    bytes: int
+    cpu_seconds: float | None = None
+    rss_mib: float | None = None
+    ready_seconds: float | None = None
+    first_byte_seconds: float | None = None
+    upcalls: float | None = None
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.bytes / self.seconds / 1e9
+
+    @property
+    def cpu_seconds_per_gib(self) -> float | None:
+        return None if self.cpu_seconds is None else self.cpu_seconds / (self.bytes / 2**30)
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What is written to benchmarks/results."""
+
+    name: str
+    taken: str
+    machine: Machine
+    server: str
+    object_bytes: int
+    rounds: int
+    baseline: str
+    """The peer that ratios are against."""
+    samples: tuple[Sample, ...]
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def chosen(report: Report, peer: str, workload: str) -> list[Sample]:
+    return [sample for sample in report.samples if (sample.peer, sample.workload) == (peer, workload)]
+
+
+def names(report: Report, field: str) -> list[str]:
+    """Peers or workloads, in the order in which they first ran."""
+    return list(dict.fromkeys(getattr(sample, field) for sample in report.samples))
+
+
+def ratio(report: Report, peer: str, workload: str) -> float | None:
+    """Median of the ratios to the baseline of the same round: drift of the machine falls out."""
+    base = {sample.round: sample.gb_per_s for sample in chosen(report, report.baseline, workload)}
+    ratios = [one.gb_per_s / base[one.round] for one in chosen(report, peer, workload) if one.round in base]
+    return statistics.median(ratios) if ratios else None
+
+
+def middle(values: Sequence[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return format(statistics.median(known), form) if known else "-"
+
+
+HEAD = ("workload", "peer", "GB/s", "min", "max", "ratio", "CPU s/GiB", "upcalls", "ready s", "first ms", "RSS MiB")
+
+
+def table_rows(report: Report) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [HEAD]
+    for workload in names(report, "workload"):
+        for peer in names(report, "peer"):
+            samples = chosen(report, peer, workload)
+            if not samples:
+                continue
+            speeds = [sample.gb_per_s for sample in samples]
+            against = ratio(report, peer, workload)
+            rows.append(
+                (
+                    workload,
+                    peer,
+                    f"{statistics.median(speeds):.3f}",
+                    f"{min(speeds):.3f}",
+                    f"{max(speeds):.3f}",
+                    "-" if against is None else f"{against:.2f}",
+                    middle([sample.cpu_seconds_per_gib for sample in samples], ".2f"),
+                    middle([sample.upcalls for sample in samples], ".0f"),
+                    middle([sample.ready_seconds for sample in samples], ".2f"),
+                    middle([s.first_byte_seconds and s.first_byte_seconds * 1e3 for s in samples], ".1f"),
+                    middle([sample.rss_mib for sample in samples], ".0f"),
+                )
+            )
+    return rows
+
+
+def text_table(report: Report) -> str:
+    rows = table_rows(report)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
+    lines = [
+        f"{report.name}: {report.object_bytes / 2**20:.0f} MiB, {report.rounds} rounds, server {report.server}, "
+        f"ratio to {report.baseline} in the same round, {report.taken}",
+        f"{report.machine.processor}, {report.machine.cores} cores, {report.machine.memory_gib} GiB, "
+        f"Linux {report.machine.kernel}, Python {report.machine.python}",
+        ", ".join(f"{name}: {version}" for name, version in report.machine.versions.items()),
+        "",
+    ]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def save(report: Report, directory: Path) -> Path:
+    """Writes NAME.json and NAME.txt; returns the path of the JSON."""
+    directory.mkdir(parents=True, exist_ok=True)
+    target = directory / f"{report.name}.json"
+    target.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+    (directory / f"{report.name}.txt").write_text(text_table(report))
+    return target
