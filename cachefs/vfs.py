@@ -145,7 +145,10 @@ class Vfs:
             if self._passthrough.has_inherited():
                 nursery.start_soon(self._sweep_backings)
             task_status.started()
-            await trio.sleep_forever()
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None  # the cache drains after us, and seals objects while it does
 
     async def check_passthrough(self) -> None:
         """See Passthrough.check(). Once per mount: a restarted server must serve at once."""
@@ -357,7 +360,9 @@ class Vfs:
             if directory in self._refreshed_s:
                 return
             done = self._refreshes[directory] = trio.Event()
-            self._start(self._refresh_now, directory)
+            if not self._start(self._refresh_now, directory):
+                del self._refreshes[directory]
+                return
         with trio.move_on_after(REFRESH_WAIT_S):
             await done.wait()
 
@@ -371,9 +376,12 @@ class Vfs:
             self._refreshed_s[directory] = trio.current_time()
             self._refreshes.pop(directory).set()
 
-    def _start(self, function: Callable[[int], Awaitable[None]], inode: int) -> None:
-        assert self._nursery is not None
+    def _start(self, function: Callable[[int], Awaitable[None]], inode: int) -> bool:
+        """In the background. False when this server is about to end: the next one does it."""
+        if self._nursery is None:
+            return False
         self._nursery.start_soon(function, inode)
+        return True
 
     def count_error(self, error: BaseException) -> None:
         """An error that a request is answered with."""

@@ -1,0 +1,291 @@
+"""Cached or passthrough: chosen at the first open of an inode, kept to its last RELEASE, over restarts too."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import trio
+
+from cachefs.errors import StaleInode
+from cachefs.kernel import wire
+from cachefs.ledger import Ledger, Mode
+from cachefs.openfiles import PASSTHROUGH_BIT, inode_of
+from tests.support.memory_store import MemoryStore
+from tests.vfs.stage import LEDGER_BYTES, Mount, Stage
+
+DATA = os.urandom(100_000)
+
+
+@pytest.fixture
+def mount(tmp_path) -> Iterator[Mount]:
+    mount = Mount(tmp_path)
+    yield mount
+    os.close(mount.ledger_fd)
+
+
+async def warm(stage: Stage, path: str = "a") -> None:
+    """Read it once, so that it is sealed and not open."""
+    _, handle = await stage.open(path)
+    await stage.read_all(handle, len(DATA))
+    await stage.vfs.release(handle)
+    await stage.sealed(path)
+
+
+def is_passthrough(handle: int) -> bool:
+    return bool(handle & PASSTHROUGH_BIT)
+
+
+async def until(condition) -> None:
+    with trio.fail_after(30):
+        while not condition():
+            await trio.sleep(0.005)
+
+
+def test_cold_file_opens_cached_and_a_sealed_one_passthrough(mount):
+    async def main():
+        async with mount.server(MemoryStore({"a": DATA})) as stage:
+            inode = (await stage.walk("a")).inode
+            cold = await stage.vfs.open(inode, os.O_RDONLY)
+            assert not is_passthrough(cold.handle)
+            assert cold.keep_cache
+            assert await stage.read_all(cold.handle, len(DATA)) == DATA
+            await stage.vfs.release(cold.handle)
+            await stage.sealed("a")
+            first = await stage.vfs.open(inode, os.O_RDONLY)
+            second = await stage.vfs.open(inode, os.O_RDONLY)
+            assert is_passthrough(first.handle)
+            assert not first.keep_cache  # with a backing id it is EIO
+            assert first.handle == second.handle  # one id per inode
+            assert inode_of(first.handle) == inode
+            assert await stage.read_all(first.handle, len(DATA)) == DATA  # served too if the kernel asks
+            await stage.vfs.release(first.handle)
+            assert stage.keeper.closed == []
+            await stage.vfs.release(second.handle)
+            assert stage.keeper.closed == [1]
+            assert stage.keeper.ids == {}
+
+    trio.run(main)
+
+
+def test_file_that_seals_while_it_is_open_gets_a_new_inode(mount):
+    async def main():
+        async with mount.server(MemoryStore({"a": DATA})) as stage:
+            inode, old = await stage.open("a")
+            assert await stage.read_all(old, len(DATA)) == DATA
+            await until(lambda: stage.notifier.forgotten == [(1, b"a")])
+            fresh, new = await stage.open("a")
+            assert fresh != inode
+            assert is_passthrough(new)
+            assert await stage.read_all(old, len(DATA)) == DATA
+            # By its old number (a bind of it, /proc/self/fd) it is served in its old mode.
+            again = await stage.vfs.open(inode, os.O_RDONLY)
+            assert not is_passthrough(again.handle)
+            for handle in (old, new, again.handle):
+                await stage.vfs.release(handle)
+            # Nobody has the old number open any more: it may be read by the kernel itself.
+            last = await stage.vfs.open(inode, os.O_RDONLY)
+            assert is_passthrough(last.handle)
+            await stage.vfs.release(last.handle)
+            assert stage.keeper.ids == {}
+
+    trio.run(main)
+
+
+def test_changed_file_is_not_opened_by_its_old_number(mount):
+    store = MemoryStore({"a": DATA, "gone": DATA})
+
+    async def main():
+        async with mount.server(store) as stage:
+            inode = (await stage.walk("a")).inode
+            gone = (await stage.walk("gone")).inode
+            store.put("a", DATA[::-1])
+            store.delete("gone")
+            await stage.tree.refresh_directory(1)
+            for stale in (inode, gone):
+                with pytest.raises(StaleInode):
+                    await stage.vfs.open(stale, os.O_RDONLY)
+            _, handle = await stage.open("a")
+            assert await stage.read_all(handle, len(DATA)) == DATA[::-1]
+
+    trio.run(main)
+
+
+def test_next_server_keeps_the_mode_of_what_is_open(mount):
+    store = MemoryStore({"cached": DATA, "direct": DATA[::-1]})
+
+    async def main():
+        async with mount.server(store, kernel_disable=("passthrough",)) as stage:
+            await warm(stage, "cached")
+            await warm(stage, "direct")
+            cached, _ = await stage.open("cached")
+        async with mount.server(store) as stage:
+            direct, handle = await stage.open("direct")
+            assert is_passthrough(handle)
+        async with mount.server(store) as stage:
+            # The kernel has it open cached: a backing id now would be EIO. The path gets a new number instead.
+            opened = await stage.vfs.open(cached, os.O_RDONLY)
+            assert not is_passthrough(opened.handle)
+            await until(lambda: stage.notifier.forgotten == [(1, b"cached")])
+            # The same id as the kernel has already.
+            assert (await stage.vfs.open(direct, os.O_RDONLY)).handle == handle
+            await stage.vfs.release(handle)
+            await stage.vfs.release(handle)
+            assert Ledger(mount.ledger_fd).entries()[0].mode is Mode.CACHED
+            # An inherited id is kept until the kernel has forgotten the inode: a kill may have cost a count.
+            assert stage.keeper.closed == []
+            passthrough = stage.vfs._passthrough
+            stage.notifier.known_to_kernel = {direct}
+            await passthrough.give_back_idle(lambda inode: False)
+            assert stage.keeper.closed == []
+            stage.notifier.known_to_kernel = set()
+            await passthrough.give_back_idle(lambda inode: True)
+            assert stage.keeper.closed == []
+            await passthrough.give_back_idle(lambda inode: False)
+            assert stage.keeper.closed == [1]
+
+    trio.run(main)
+
+
+def test_unclean_end_opens_cached_until_the_digests_are_checked(mount):
+    store = MemoryStore({"a": DATA})
+
+    async def main():
+        async with mount.server(store) as stage:
+            await warm(stage)
+        async with mount.server(store) as stage:
+            inode = (await stage.walk("a")).inode
+            handle = (await stage.vfs.open(inode, os.O_RDONLY)).handle
+            assert await stage.read_all(handle, len(DATA)) == DATA
+            assert store.get_count == 1
+            await stage.vfs.release(handle)
+
+    trio.run(main)
+
+
+def test_full_ledger_means_cached_for_what_it_does_not_know(mount):
+    store = MemoryStore({"a": DATA})
+
+    async def main():
+        async with mount.server(store) as stage:
+            await warm(stage)
+            ledger = Ledger(mount.ledger_fd)
+            for inode in range(100_000, 100_000 + LEDGER_BYTES // 8):
+                ledger.record(inode, Mode.CACHED, 1)
+            for inode in range(100_000, 100_000 + LEDGER_BYTES // 8):
+                ledger.record(inode, Mode.CACHED, 0)
+            assert ledger.overflowed
+        async with mount.server(store) as stage:
+            _, handle = await stage.open("a")
+            assert not is_passthrough(handle)
+            await stage.vfs.release(handle)
+
+    trio.run(main)
+
+
+def test_blob_that_is_not_what_it_was_gives_an_open_inode_another_number(mount):
+    async def main():
+        async with mount.server(MemoryStore({"a": DATA})) as stage:
+            await warm(stage)
+            inode, handle = await stage.open("a")
+            assert is_passthrough(handle)
+            (blob,) = [path for path in (mount.state / "blobs").rglob("*") if path.is_file()]
+            with blob.open("r+b") as file:  # somebody writes into the cache: ctime differs from the seal
+                file.write(DATA[:10])
+            with pytest.raises(StaleInode):  # a cached open of this inode would be EIO
+                await stage.vfs.open(inode, os.O_RDONLY)
+            assert stage.notifier.forgotten == [(1, b"a")]
+            fresh, cached = await stage.open("a")
+            assert fresh != inode
+            assert await stage.read_all(cached, len(DATA)) == DATA
+            await stage.vfs.release(handle)
+            await stage.vfs.release(cached)
+
+    trio.run(main)
+
+
+def test_refused_backing_file_is_an_ordinary_open(mount):
+    async def main():
+        async with mount.server(MemoryStore({"a": DATA})) as stage:
+            await warm(stage)
+            stage.keeper.refuse = "Operation not permitted"
+            _, handle = await stage.open("a")
+            assert not is_passthrough(handle)
+            assert await stage.read_all(handle, len(DATA)) == DATA
+            await stage.vfs.release(handle)
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize(
+    ("flags", "disabled", "word"),
+    [
+        (wire.INIT_FLAGS["init_ext"], (), "kernel"),
+        (None, ("passthrough",), "masked"),
+    ],
+)
+def test_reason_is_shown_when_files_are_not_read_by_the_kernel(tmp_path, flags, disabled, word):
+    mount = Mount(tmp_path, flags=flags)
+
+    async def main():
+        async with mount.server(MemoryStore({"a": DATA}), kernel_disable=disabled) as stage:
+            await warm(stage)
+            _, handle = await stage.open("a")
+            assert not is_passthrough(handle)
+            enabled, reasons = stage.vfs.passthrough_state()
+            assert not enabled
+            assert word in reasons[0]
+            assert stage.notifier.forgotten == []
+            await stage.vfs.release(handle)
+
+    trio.run(main)
+    os.close(mount.ledger_fd)
+
+
+def test_self_check_that_cannot_read_its_file_is_a_reason_and_no_error(mount):
+    """There is no kernel mount here, so the reader finds nothing at the mount point."""
+
+    async def main():
+        async with mount.server(MemoryStore({"a": DATA})) as stage:
+            (mount.state / "mnt").mkdir()
+            await stage.vfs.check_passthrough()
+            enabled, reasons = stage.vfs.passthrough_state()
+            assert not enabled
+            assert "No such file" in reasons[0]
+            assert stage.keeper.ids == {}
+            assert not list((mount.state / "blobs").glob(".cachefs*"))
+
+    trio.run(main)
+
+
+def test_refused_self_check_says_what_the_keeper_said(mount):
+    async def main():
+        async with mount.server(MemoryStore({"a": DATA})) as stage:
+            stage.keeper.refuse = "Too many levels of symbolic links"
+            await stage.vfs.check_passthrough()
+            assert stage.vfs.passthrough_state() == (False, ["Too many levels of symbolic links"])
+
+    trio.run(main)
+
+
+def test_many_openers_at_once_share_one_backing_id(mount):
+    async def main():
+        async with mount.server(MemoryStore({"a": DATA})) as stage:
+            await warm(stage)
+            inode = (await stage.walk("a")).inode
+            handles = []
+
+            async def open_it() -> None:
+                handles.append((await stage.vfs.open(inode, os.O_RDONLY)).handle)
+
+            for _ in range(3):
+                async with trio.open_nursery() as nursery:
+                    for _ in range(20):
+                        nursery.start_soon(open_it)
+                assert len(set(handles)) == 1
+                async with trio.open_nursery() as nursery:
+                    for handle in handles:
+                        nursery.start_soon(stage.vfs.release, handle)
+                handles.clear()
+            assert stage.keeper.ids == {}
+
+    trio.run(main)
