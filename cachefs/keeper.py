@@ -83,6 +83,7 @@ class Keeper:
         """Supervise a server that an earlier keeper started."""
         server.ready = self._session.server_ready
         self._server = server
+        self._starts = 1
         if server.ready:
             self._no_service_since_s = math.inf
 
@@ -137,13 +138,15 @@ class Keeper:
         ours, theirs = packet_pair()
         memory_fd = pack_session(session)
         log_fd = os.dup(2)
+        serving_fd = self._serving_descriptor()
         try:
             if not session.foreground:
                 os.close(log_fd)
                 path = os.path.join(self._state_dir, "log", "server.log")
                 log_fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             # Sent before it starts, so that a server has its session even if this keeper dies now.
-            send_message(ours, Message("session"), [session.fuse_fd, session.ledger_fd, memory_fd])
+            handed = [serving_fd, session.ledger_fd, memory_fd, session.fuse_fd]
+            send_message(ours, Message("session"), handed)
             command = python_command(session.python, "-m", session.server_module, "3")
             pid = spawn(command, link=theirs.fileno(), stderr=log_fd)
         except OSError as exc:
@@ -153,11 +156,24 @@ class Keeper:
             return
         finally:
             theirs.close()
-            close_all([memory_fd, log_fd])
+            close_all([memory_fd, log_fd, serving_fd])
         self._server = Server(ours, os.pidfd_open(pid), pid, os.geteuid())
         if self._last_python:
             self._server.kill_at_s = time.monotonic() + UPGRADE_READY_S
         log(f"started server {pid} (generation {session.generation}, {len(session.backings)} backing files)")
+
+    def _serving_descriptor(self) -> int:
+        """What the server reads requests from: where the kernel cannot send requests again, a clone that dies with it.
+
+        Then the requests that it had taken fail; on the keeper's own descriptor they would hang for ever.
+        """
+        session = self._session
+        if "resend" not in wire.features(session.init, self._config.server.kernel_disable):
+            try:
+                return wire.clone_device(session.fuse_fd)
+            except OSError as exc:
+                log(f"cannot clone the device ({exc.strerror}): requests that a dying server has taken will hang")
+        return os.dup(session.fuse_fd)
 
     def _start_failed(self, reason: str) -> None:
         """No server came up: roll an upgrade back, or try again later."""

@@ -51,9 +51,10 @@ class KeeperLink:
     run() should be started before the server is ready: a keeper may die at any time.
     """
 
-    def __init__(self, sock: socket.socket, session: Session) -> None:
+    def __init__(self, sock: socket.socket, session: Session, mount_fd: int) -> None:
         sock.setblocking(False)
         self.session = session
+        self._mount_fd = mount_fd  # session.fuse_fd, or what that is a clone of: this is what a keeper holds
         self.stop_kind: Literal["", "unmount", "hand_over"] = ""
         """Set before `on_stop`: "unmount" drains, "hand_over" gives handlers 0.5 s (RESEND brings the rest back)."""
         self._sock: socket.socket | None = sock
@@ -74,13 +75,13 @@ class KeeperLink:
         if packet is None:
             raise WorkFailed("the keeper ended before it handed over the mount")
         message, descriptors = packet
-        if message.kind != "session" or len(descriptors) < 3:
+        if message.kind != "session" or len(descriptors) != 4:
             close_all(descriptors)
             raise WorkFailed(f"the keeper sent {message.kind!r} with {len(descriptors)} descriptors, not a session")
-        fuse_fd, ledger_fd, memory_fd, *rest = descriptors
+        fuse_fd, ledger_fd, memory_fd, mount_fd = descriptors
         session = unpack_session(memory_fd, fuse_fd=fuse_fd, ledger_fd=ledger_fd)
-        close_all([memory_fd, *rest])
-        return cls(sock, session)
+        os.close(memory_fd)
+        return cls(sock, session, mount_fd)
 
     def ready(self) -> None:
         """Say that this server serves; a command that waits for the mount returns."""
@@ -204,7 +205,7 @@ class KeeperLink:
             own_pidfd = os.pidfd_open(os.getpid())
             log_fd = self._open_log()
             try:
-                handed = [self.session.fuse_fd, self.session.ledger_fd, memory_fd, own_pidfd]
+                handed = [self._mount_fd, self.session.ledger_fd, memory_fd, own_pidfd]
                 send_message(ours, Message("session"), handed)
                 command = python_command(sys.executable, "-m", "cachefs.keeper", "--takeover", "3")
                 pid = spawn(command, link=theirs.fileno(), stderr=log_fd)

@@ -79,8 +79,9 @@ def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
 
 
 def log(text: str) -> None:
-    """One line to stderr, which is STATE/log/keeper.log in the background."""
-    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} keeper[{os.getpid()}] {' '.join(text.split())}\n"
+    """One line to stderr, which is STATE/log/keeper.log in the background. What servers say may be in it."""
+    plain = "".join(letter if letter.isprintable() else " " for letter in text[:2000])
+    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} keeper[{os.getpid()}] {plain}\n"
     try:
         sys.stderr.write(line)
         sys.stderr.flush()

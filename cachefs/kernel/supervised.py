@@ -30,6 +30,8 @@ class Server:
             return
         try:
             send_message(self.sock, message)
+        except ConnectionError:
+            return  # its end is about to be noticed
         except OSError as exc:
             log(f"server {self.pid} takes no messages ({exc.strerror}): {message.kind} was dropped")
 

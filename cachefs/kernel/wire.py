@@ -49,6 +49,7 @@ NOTIFY_INVAL_INODE = 2
 NOTIFY_INVAL_ENTRY = 3
 NOTIFY_RESEND = 7
 
+IOC_CLONE = 0x8004E500
 IOC_BACKING_OPEN = 0x4010E501
 IOC_BACKING_CLOSE = 0x4004E502
 
@@ -136,6 +137,21 @@ def is_connected(fuse_fd: int) -> bool:
     poller = select.poll()
     poller.register(fuse_fd, 0)
     return not any(events & (select.POLLERR | select.POLLNVAL) for _, events in poller.poll(0))
+
+
+def clone_device(fuse_fd: int) -> int:
+    """A further descriptor of the same connection, with its own list of requests that were taken and not answered.
+
+    When the last copy of the clone is closed, the kernel fails those requests (ECONNABORTED) and goes on: what a
+    server's death should do where the kernel cannot send them again. Raises OSError.
+    """
+    clone = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        fcntl.ioctl(clone, IOC_CLONE, bytearray(struct.pack("=I", fuse_fd)))
+    except OSError:
+        os.close(clone)
+        raise
+    return clone
 
 
 def resend_message() -> bytes:

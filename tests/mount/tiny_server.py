@@ -215,10 +215,12 @@ async def serve(link: KeeperLink, fs: TinyFS, placeholder: int) -> None:
             "features": sorted(wire.features(session.init, session.config.server.kernel_disable)),
             "region": session.config.volumes[0].region,
         }
-        write(state / "server.json", facts)
         while True:
-            await trio.sleep(0.02)
             write(state / "live.json", {"keeper_pid": session.keeper_pid, "reads": fs.reads, "lookups": fs.lookups})
+            if facts:
+                write(state / "server.json", facts)
+                facts = {}
+            await trio.sleep(0.02)
 
     async def listen_to_signals() -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
