@@ -85,7 +85,7 @@ class CachedObject:
     @property
     def idle(self) -> bool:
         """Nothing in flight, nobody has it open."""
-        return not (self.opens or self.busy or self.fills or self.uncommitted or self.dropping)
+        return not (self.opens or self.busy or self.fills or self.uncommitted or self.dropping is not None)
 
     def length(self, index: int) -> int:
         return chunk.chunk_length(self.object_id.size, index)

@@ -177,7 +177,7 @@ class ChunkCache:
 
     def _take(self, fill: Fill, span: ChunkSpan) -> memoryview:
         """The bytes of a fill. What came from the store is a miss until as much was served as was fetched."""
-        hit = fill.phase is Phase.KEPT and (not fill.fetched or fill.served_bytes >= fill.length)
+        hit = fill.served_bytes >= fill.length or (fill.phase is Phase.KEPT and not fill.fetched)
         data = fill.take(span)
         if hit:
             self._hits.inc(span.length)
@@ -246,6 +246,7 @@ class ChunkCache:
                     raise NoSpace(f"{object_id.path}: chunk {index} could not be kept")
                 continue
             fill = cached.fills.get(index)
+            joined = fill is not None
             if fill is None:
                 fill = self._fills.start(store, cached, index, Want.BACKGROUND)
             elif fill.held:
@@ -260,7 +261,7 @@ class ChunkCache:
             finally:
                 fill.readers -= 1
                 self._fills.settle(fill, cached)
-            if fill.phase is Phase.KEPT and not fill.kept:
+            if fill.phase is Phase.KEPT and not fill.kept and not joined:
                 raise NoSpace(f"{object_id.path}: there is no room for chunk {index}")
             if fill.phase is not Phase.KEPT:
                 await self._retry_or_raise(fill, patience)
@@ -280,11 +281,11 @@ class ChunkCache:
         self._blobs.use(object_id).opens += 1
 
     def note_close(self, object_id: ObjectId) -> None:
+        """A close without its open is one of a handle that was opened before a restart: nothing to do."""
         cached = self._blobs.find(object_id)
-        assert cached is not None, "closed more often than opened"
-        assert cached.opens > 0, "closed more often than opened"
-        cached.opens -= 1
-        self._blobs.forget_if_empty(cached)
+        if cached is not None and cached.opens:
+            cached.opens -= 1
+            self._blobs.forget_if_empty(cached)
 
     def is_sealed(self, object_id: ObjectId) -> bool:
         """Every chunk is local, checked and durable, and nothing is known against the blob."""
@@ -387,7 +388,7 @@ class ChunkCache:
                 assert fill.index == index
                 assert fill.phase is not Phase.FAILED
                 assert not fill.held or (fill.phase is Phase.KEPT and fill.buffer is not None)
-            if cached.uncommitted or cached.dropping:
+            if cached.uncommitted or cached.dropping is not None:
                 continue
             rows = {int.from_bytes(key[16:], "big"): value for key, value in self._index.scan(Table.CHUNKS, cached.key)}
             assert rows == {i: cached.digest(i) for i, state in enumerate(cached.states) if state != ABSENT}

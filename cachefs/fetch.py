@@ -122,7 +122,9 @@ class Fills:
         owner = None if loads else cached.object_id.source
         if owner is not None and trio.current_time() < self.source(owner).quiet_until_s:
             return False
+        cached.busy += 1  # the buffer may be reclaimed from a chunk of this very object, which must stay known
         buffer = self.pool.take_nowait(owner)
+        cached.busy -= 1
         if buffer is None:
             return False
         fill = self._new(store, cached, index)
@@ -362,7 +364,7 @@ class Fills:
         """Part of a chunk may be on disk: it counts as used; a blob with nothing else in it goes."""
         stat = await self._offload.disk(self._blobs.tier.stat, cached.name)
         self._blobs.set_disk_bytes(cached, stat.disk_bytes if stat is not None else 0)
-        if not (cached.present or cached.busy or cached.dropping):
+        if not (cached.present or cached.busy or cached.dropping is not None):
             await self._space.drop(cached)
 
     def _not_kept(self, fill: Fill, why: str) -> None:

@@ -63,7 +63,7 @@ class Sealing:
     async def open_sealed(self, object_id: ObjectId) -> int | None:
         """A read-only descriptor of the whole blob, the caller's to close; None: serve from the cache for now."""
         cached = self._blobs.find(object_id)
-        if cached is None or cached.seal is None or cached.suspect or cached.dropping:
+        if cached is None or cached.seal is None or cached.suspect or cached.dropping is not None:
             return None
         generation = cached.generation
         cached.busy += 1  # no eviction between here and the caller's open count
@@ -221,7 +221,7 @@ class Sealing:
         blobs = [(name, size) for name, size in found.orphans if name not in known]
         local = {cached.object_id for cached in found.objects}
         lost = [cached for cached in self._blobs if cached.has_header and cached.object_id not in local]
-        lost = [cached for cached in lost if not (cached.busy or cached.uncommitted or cached.dropping)]
+        lost = [cached for cached in lost if not (cached.busy or cached.uncommitted or cached.dropping is not None)]
         if not dry_run:
             for cached in lost:
                 await self._space.drop(cached)

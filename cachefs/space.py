@@ -50,7 +50,7 @@ class Space:
             return Skip.OPEN
         if self.is_pinned(cached.object_id):
             return Skip.PINNED
-        if cached.busy or cached.uncommitted or cached.dropping or self._in_flight(cached):
+        if cached.busy or cached.uncommitted or cached.dropping is not None or self._in_flight(cached):
             return Skip.BUSY
         return None
 

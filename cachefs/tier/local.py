@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -100,6 +101,9 @@ class LocalTier:
         except FileNotFoundError:
             return True
         try:
+            # Whoever opens the blob in the next microseconds makes the kernel signal us. SIGURG is ignored by
+            # default; the usual SIGIO would end the process.
+            fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
             # A write lease is given only when nobody else has the file open or mapped, also through passthrough.
             fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
             fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)

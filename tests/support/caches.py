@@ -1,8 +1,9 @@
 """A ChunkCache on a real directory, for tests: opened, run and closed around a block."""
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -14,6 +15,7 @@ from cachefs.offload import Offload
 from cachefs.tier.local import LocalTier
 
 MIB = 1024 * 1024
+TIMEOUT_S = 60.0
 
 
 def config_for(state: Path, **options: object) -> ServerConfig:
@@ -62,3 +64,21 @@ async def opened_cache(
                 nursery.cancel_scope.cancel()
     finally:
         index.close()
+
+
+def content(size: int, seed: int = 1) -> bytes:
+    """Bytes of which no two aligned pieces are equal."""
+    return b"".join((seed * 1_000_003 + n).to_bytes(8, "big") for n in range(size // 8 + 1))[:size]
+
+
+def run(function: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
+    async def bounded() -> None:
+        with trio.fail_after(TIMEOUT_S):
+            await function(*args)
+
+    trio.run(bounded)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await trio.sleep(0.005)
