@@ -451,3 +451,29 @@ def test_a_million_keys_cost_one_list_for_the_root(bench: Bench) -> None:
         assert store.list_count <= 2
 
     bench.run(body)
+
+
+def test_end_of_the_server_fails_what_is_in_flight(bench: Bench) -> None:
+    store = MemoryStore({"a": b"1"})
+    volume = volume_of(store)
+    snapshots = bench.snapshots()
+    errors: list[StoreUnavailable] = []
+
+    async def look() -> None:
+        try:
+            await snapshots.freeze(volume, "")
+        except StoreUnavailable as exc:
+            errors.append(exc)
+
+    async def main() -> None:
+        with trio.fail_after(DEADLINE_S), store.lists.held():
+            async with trio.open_nursery() as waiters:
+                async with trio.open_nursery() as server:
+                    await server.start(snapshots.run)
+                    waiters.start_soon(look)
+                    await until(lambda: store.lists.waiting == 1)
+                    server.cancel_scope.cancel()
+                await look()  # after the end
+
+    trio.run(main)
+    assert len(errors) == 2
