@@ -12,8 +12,6 @@ import trio
 
 from cachefs.kernel.mounts import read_mounts
 
-PENDING_S = 30.0
-"""A volume without a bind goes after so long: whoever asked for it has died."""
 LOOK_S = 5.0
 """mountinfo tells of changes; this is how often we look all the same."""
 
@@ -48,15 +46,17 @@ class MountChanges:
 
 
 class Lifetimes:
-    """When a volume has lost its last bind. `clock` counts seconds (trio.current_time)."""
+    """When a volume has lost its last bind. `clock` counts seconds (trio.current_time); `timeout_s` is
+    how long a bind may be awaited: whoever asked for the volume may have died."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], timeout_s: float) -> None:
         self._clock = clock
+        self._timeout_s = timeout_s
         self._expected: dict[str, tuple[int, float]] = {}  # name -> binds when it was expected, until when
 
     def expect(self, name: str, bound: int = 0) -> None:
         """Somebody is about to bind this volume, which has `bound` binds now: those may go before that one comes."""
-        self._expected[name] = (bound, self._clock() + PENDING_S)
+        self._expected[name] = (bound, self._clock() + self._timeout_s)
 
     def removed(self, name: str) -> None:
         self._expected.pop(name, None)

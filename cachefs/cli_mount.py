@@ -56,7 +56,7 @@ def mount(command: Command, source: str, mountpoint: str, *, foreground: bool) -
     volume = command.volume_config(source)
     server = command.server_config()
     place = Path(os.path.realpath(mountpoint))
-    _check_places(server, place)
+    check_places(server, place)
     made = [path for path in (server.state_dir, server.runtime_dir) if not path.exists()]
     make_state_dir(server.state_dir)
     _make_runtime_dir(server.runtime_dir, command.uid)
@@ -78,12 +78,13 @@ def mount(command: Command, source: str, mountpoint: str, *, foreground: bool) -
     }
 
 
-def _check_places(server: ServerConfig, place: Path) -> None:
-    if not os.path.exists("/dev/fuse"):
+def check_places(server: ServerConfig, place: Path, *, device: str = "/dev/fuse") -> None:
+    """Raises UsageError for what cannot work, before anything is made."""
+    if not os.path.exists(device):
         raise UsageError(
             "there is no /dev/fuse: load the kernel module with `modprobe fuse`, or let the container have it"
         )
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+    if not os.access(device, os.R_OK | os.W_OK):
         raise UsageError("/dev/fuse may not be opened by this user: give access to it, or run as root")
     state_dir = Path(os.path.realpath(server.state_dir))
     if place == state_dir or place in state_dir.parents or state_dir in place.parents:

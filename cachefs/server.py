@@ -44,7 +44,7 @@ class Server:
         self._metrics = metrics
         self._config = link.session.config
         self._started_s = time.time()
-        self._lifetimes = Lifetimes(trio.current_time)
+        self._lifetimes = Lifetimes(trio.current_time, core.config.bind_timeout_s)
         self._stopping = False
 
     # -- volumes ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,18 +43,18 @@ class Settings(msgspec.Struct, frozen=True):
 
 def parse_size(text: str, *, whole_bytes: Callable[[], int] | None = None) -> int:
     """`50GiB`, `512M` (the same as MiB), `1048576` or, of `whole_bytes`, `80%`, in bytes. Raises UsageError."""
-    if whole_bytes is not None and (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())):
+    if whole_bytes is not None and (match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*%", text.strip())):
         percent = float(match[1])
         if not 0 < percent <= 100:
             raise UsageError(f"{text!r} is no part of a file system: write more than 0% and at most 100%")
         return int(whole_bytes() * percent / 100)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(iB|B)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(iB|B)?", text.strip(), re.IGNORECASE | re.ASCII)
     if match is None:
         raise UsageError(f"{text!r} is no size: write it like 50GiB, 512MiB" + (" or 80%" if whole_bytes else ""))
     number, unit, suffix = match[1], match[2].upper(), match[3] or ""
     if unit and suffix.upper() == "B" and suffix != "":
         raise UsageError(f"{text!r} has a decimal unit, sizes here are binary: write {number}{unit}iB")
-    return int(float(number) * _UNITS[unit])
+    return int(Fraction(number) * _UNITS[unit])
 
 
 def _boolean(text: str) -> bool:
@@ -76,7 +77,7 @@ def _seconds(text: str) -> float:
 
 
 def _identifier(text: str) -> int:
-    if not re.fullmatch(r"\d{1,10}", text.strip()) or int(text) > 2**32 - 2:
+    if not re.fullmatch(r"[0-9]{1,10}", text.strip()) or int(text) > 2**32 - 2:
         raise UsageError(f"{text!r} is no user or group number")
     return int(text)
 
@@ -152,6 +153,7 @@ SERVER_PARSERS: dict[str, Callable[[str], Any]] = {
     "offline": _boolean,
     "allow_other": _boolean,
     "keeper_give_up_s": _seconds,
+    "bind_timeout_s": _seconds,
     "kernel_disable": _features,
 }
 VOLUME_PARSERS: dict[str, Callable[[str], Any]] = {
@@ -208,6 +210,7 @@ def _defaults(environ: Mapping[str, str], uid: int, gid: int) -> dict[str, Any]:
         "offline": False,
         "allow_other": root,
         "keeper_give_up_s": 300.0,
+        "bind_timeout_s": 30.0,
         "kernel_disable": (),
         "mode": "read-only",
         "endpoint_url": None,
