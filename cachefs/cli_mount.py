@@ -275,10 +275,12 @@ class _Gone:
     def __init__(self, runtime_dir: Path) -> None:
         self._runtime_dir = runtime_dir
         self._pidfds: list[int] = []
+        self.was_running = False
         try:
             found = client.call(runtime_dir, "ping", timeout_s=5.0)
         except ServerGone:
             return
+        self.was_running = True
         for pid in (found["pid"], found["keeper_pid"]):
             with contextlib.suppress(ProcessLookupError):
                 self._pidfds.append(os.pidfd_open(pid))
@@ -364,6 +366,9 @@ def _umount_one(command: Command, place: Path, *, lazy: bool) -> dict[str, Any]:
         unmount_at(place, as_root=command.uid == 0, lazy=lazy)
         return {"unmounted": [str(place)], "in_use": False}
     waiting = _Gone(runtime_dir)
+    if not waiting.was_running and (gone := recover_dead_mount(place)):
+        _tidy(runtime_dir)
+        return {"unmounted": [path for path in gone if not path.endswith(f"/{ROOT_NAME}")], "in_use": False}
     try:
         unmount_at(place, as_root=command.uid == 0, lazy=lazy)
         left = [mount for mount in read_mounts() if mount.major_minor == there.major_minor and mount.root == there.root]

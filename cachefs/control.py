@@ -94,7 +94,7 @@ class _Client:
             method, params = request["method"], request.get("params", {})
         except (msgspec.DecodeError, KeyError, TypeError, AttributeError) as exc:
             raise UsageError('the request is no line like {"method": "status", "params": {}}') from exc
-        if method not in self._methods or not isinstance(params, dict):
+        if not isinstance(method, str) or method not in self._methods or not isinstance(params, dict):
             raise UsageError(f"this server (another version?) knows no request {method!r}")
         return method, params
 
