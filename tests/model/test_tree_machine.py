@@ -81,7 +81,7 @@ class TreeMachine(RuleBasedStateMachine):
         super().__init__()
         self.directory = Path(tempfile.mkdtemp())
         self.index = Index(self.directory)
-        self.store = MemoryStore({key: b"" for key in KEYS})
+        self.store = MemoryStore(dict.fromkeys(KEYS, b""))
         self.sessions = 0
         self.server = Server(self.index, self.store, "0")
         self.frozen: dict[str, dict[str, ObjectId | None]] = {}
