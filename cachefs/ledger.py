@@ -8,7 +8,8 @@ is stored whole, so a SIGKILL at any moment leaves a table that reads back right
 import enum
 import mmap
 import os
-from typing import NamedTuple
+from collections.abc import MutableSequence
+from typing import NamedTuple, cast
 
 MAGIC = int.from_bytes(b"cachefs1", "little")
 HEADER_BYTES = 4096
@@ -56,7 +57,8 @@ class Ledger:
         if self._words[_WORD_MAGIC] != MAGIC:
             self._bytes[:used] = bytes(used)
             self._words[_WORD_MAGIC] = MAGIC
-        self.counters = self._bytes[HEADER_BYTES : HEADER_BYTES + COUNTERS * 8].cast("d")
+        self._doubles = self._bytes[HEADER_BYTES : HEADER_BYTES + COUNTERS * 8].cast("d")
+        self.counters = cast(MutableSequence[float], self._doubles)
         """COUNTERS doubles, 0.0 at first, that the metrics of every server of this mount count on in."""
         self._slot_of: dict[int, int] = {}
         self._free: list[int] = []
@@ -67,7 +69,7 @@ class Ledger:
                 self._free.append(slot)
 
     def close(self) -> None:
-        self.counters.release()
+        self._doubles.release()
         self._words.release()
         self._bytes.release()
         self._map.close()

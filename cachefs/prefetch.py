@@ -50,11 +50,14 @@ class Prefetcher:
         reader = self._readers.get(handle)
         if reader is None:
             reader = self._readers[handle] = _Reader(store, object_id)
-        if reader.readahead.advance(offset, length, object_id.size):
-            reader.queue = collections.deque(reader.readahead.wanted())
-            if reader.queue:
-                self._turn[handle] = reader
-                self._wake.set()
+        if not reader.readahead.advance(offset, length, object_id.size):
+            return
+        reader.queue = collections.deque(reader.readahead.wanted())
+        if reader.queue:
+            self._turn[handle] = reader
+            self._wake.set()
+        else:
+            self._turn.pop(handle, None)
 
     def forget(self, handle: int) -> None:
         """The handle was released: its window is offered no more. What is in flight goes on."""

@@ -85,8 +85,15 @@ class Mounted:
         self.keeper_pid, self.first_server_pid = started.keeper_pid, started.server_pid
 
     def call(self, method: str, **params: Any) -> Any:
-        """Ask the control socket."""
-        return client.call(self.runtime_dir, method, params)
+        """Ask the control socket; while a server is being restarted, wait for the next one."""
+        end = time.monotonic() + DEADLINE_S
+        while True:
+            try:
+                return client.call(self.runtime_dir, method, params)
+            except client.ServerGone:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.02)
 
     def status(self) -> dict[str, Any]:
         answer: dict[str, Any] = self.call("status")

@@ -254,5 +254,3 @@ def test_statfs_shows_the_local_tier(mount):
             assert before.free_blocks - stage.vfs.statfs().free_blocks >= len(DATA) // 4096
 
     trio.run(main)
-
-
