@@ -244,6 +244,7 @@ class Fills:
         try:
             blob = self._blobs.files.acquire(cached.name)
         except OSError:
+            await self._blob_is_gone(cached)
             return None
         try:
             return await self._offload.disk(_read_and_digest, blob.fd, offset, view)
@@ -253,11 +254,18 @@ class Fills:
         finally:
             self._blobs.files.release(blob)
 
+    async def _blob_is_gone(self, cached: CachedObject) -> None:
+        """Somebody deleted it. All of its chunks are lost, not just the one that was asked for."""
+        if cached.dropping is None and cached.present:
+            log.warning("the blob of %s is gone", cached.object_id.path)
+            await self._space.drop(cached)
+
     async def read_span(self, cached: CachedObject, offset: int, length: int) -> bytes | None:
         """Bytes of the blob, read in a thread; None if there are fewer or the disk fails."""
         try:
             blob = self._blobs.files.acquire(cached.name)
         except OSError:
+            await self._blob_is_gone(cached)
             return None
         try:
             data = await self._offload.disk(os.pread, blob.fd, length, offset)
@@ -327,11 +335,13 @@ class Fills:
         while cached.dropping is not None:
             await cached.dropping.wait()
         if cached.states[fill.index] != ABSENT:
+            fill.kept = True
             return
         if not await self._space.reserve(fill.length):
             self._not_kept(fill, "there is no room: everything else is open, pinned or in use")
             return
         generation = cached.generation
+        digest, gone = None, False
         cached.busy += 1
         try:
             if cached.dropping is not None:
@@ -344,14 +354,19 @@ class Fills:
                 cached.object_id.size,
                 chunk.chunk_offset(fill.index),
                 _view(fill),
+                not cached.present,
             )
+        except FileNotFoundError as exc:
+            self._not_kept(fill, str(exc))
+            gone = True
         except OSError as exc:
             self._not_kept(fill, str(exc))
-            digest = None
         finally:
             cached.busy -= 1
             self._space.unreserve(fill.length)
         if digest is None or cached.generation != generation:
+            if gone and cached.generation == generation:
+                await self._blob_is_gone(cached)
             await self._tidy_after_failed_write(cached)
             return
         self._blobs.set_disk_bytes(cached, stat.disk_bytes)
@@ -389,6 +404,8 @@ def _read_and_digest(fd: int, offset: int, view: memoryview) -> bytes | None:
     return xxhash.xxh3_128_digest(view)
 
 
-def _digest_and_write(tier: Tier, name: str, size: int, offset: int, view: memoryview) -> tuple[bytes, BlobStat]:
+def _digest_and_write(
+    tier: Tier, name: str, size: int, offset: int, view: memoryview, create: bool
+) -> tuple[bytes, BlobStat]:
     digest: bytes = xxhash.xxh3_128_digest(view)
-    return digest, tier.write(name, size, offset, view)
+    return digest, tier.write(name, size, offset, view, create=create)

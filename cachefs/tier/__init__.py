@@ -23,10 +23,11 @@ class Tier(Protocol):
     capacity_bytes: int
     free_fraction_min: float
 
-    def write(self, name: str, size: int, offset: int, data: memoryview) -> BlobStat:
-        """Write `data` at `offset` of blob `name`, which is made with `size` bytes when it does not exist.
+    def write(self, name: str, size: int, offset: int, data: memoryview, *, create: bool) -> BlobStat:
+        """Write `data` at `offset` of blob `name` of `size` bytes. Not durable before sync().
 
-        Not durable before sync(). Raises OSError when the disk is full or failing.
+        Raises FileNotFoundError when there is no such blob of that size and it may not be made (`create`): other
+        chunks are known to be in it, and a new one would serve zeros for them. OSError: the disk is full or failing.
         """
 
     def sync(self, names: Sequence[str], new_names: Sequence[str]) -> dict[str, BlobStat]:

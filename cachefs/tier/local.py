@@ -34,9 +34,9 @@ class LocalTier:
     def path(self, name: str) -> Path:
         return self.directory / name[:2] / name
 
-    def write(self, name: str, size: int, offset: int, data: memoryview) -> BlobStat:
+    def write(self, name: str, size: int, offset: int, data: memoryview, *, create: bool) -> BlobStat:
         path = self.path(name)
-        fd = self._open_sized(path, size)
+        fd = self._open_sized(path, size, create)
         try:
             aligned = len(data) // BLOCK_BYTES * BLOCK_BYTES
             direct = _write_direct(path, data[:aligned], offset) if aligned else 0
@@ -46,16 +46,20 @@ class LocalTier:
         finally:
             os.close(fd)
 
-    def _open_sized(self, path: Path, size: int) -> int:
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_CREAT
+    def _open_sized(self, path: Path, size: int, create: bool) -> int:
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         try:
             fd = os.open(path, flags, 0o600)
         except FileNotFoundError:
+            if not create:
+                raise
             path.parent.mkdir(mode=0o700, exist_ok=True)
             fd = os.open(path, flags, 0o600)
         try:
             # INVARIANT: a blob with bytes in it has exactly its object's size (passthrough serves all it has).
             if os.fstat(fd).st_size != size:
+                if not create:
+                    raise FileNotFoundError(f"{path} does not have {size} bytes")
                 os.ftruncate(fd, size)
         except BaseException:
             os.close(fd)

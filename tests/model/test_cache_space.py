@@ -191,12 +191,12 @@ class _SmallDisk(LocalTier):
         used = sum(stat.disk_bytes for _, stat in self.scan())
         return self.DISK_BYTES - self.others_bytes - used, self.DISK_BYTES
 
-    def write(self, name: str, size: int, offset: int, data: memoryview) -> BlobStat:
+    def write(self, name: str, size: int, offset: int, data: memoryview, *, create: bool) -> BlobStat:
         if self.failing is not None:
             if self.partly:
-                super().write(name, size, offset, data[: len(data) // 2])
+                super().write(name, size, offset, data[: len(data) // 2], create=create)
             raise self.failing
-        return super().write(name, size, offset, data)
+        return super().write(name, size, offset, data, create=create)
 
 
 @pytest.mark.parametrize("partly", [False, True])
@@ -348,6 +348,30 @@ def test_a_damaged_blob_that_was_handed_to_the_kernel_is_never_rewritten(tmp_pat
             held.seek(0)
             assert held.read() == before
             assert os.fstat(held.fileno()).st_nlink == 0
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+def test_a_blob_that_somebody_deletes_never_gives_zeros(tmp_path: Path, truncated: bool) -> None:
+    store = store_of("a", chunks=4)
+    object_id = store.id_of("a")
+
+    async def scenario() -> None:
+        async with opened_cache(tmp_path) as cache:
+            for index in (0, 1, 2):
+                await cache.ensure(store, object_id, index)
+            if truncated:
+                os.truncate(blob_of(tmp_path, object_id), CHUNK)
+            else:
+                blob_of(tmp_path, object_id).unlink()
+            for _ in range(2):
+                for index in (3, 2, 1, 0):
+                    got = bytes(await cache.read(store, object_id, index * CHUNK, CHUNK))
+                    assert got == store.objects["a"][0][index * CHUNK :][:CHUNK]
+            await fill(cache, store, "a")
+            cache.check_invariants()
+        assert blob_of(tmp_path, object_id).read_bytes() == store.objects["a"][0]
 
     run(scenario)
 
