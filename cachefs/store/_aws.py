@@ -3,14 +3,12 @@
 import datetime
 import hashlib
 import hmac
-import os
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
-from urllib.parse import parse_qsl, quote
+from urllib.parse import parse_qsl, quote, urlsplit
 
 from cachefs.errors import AccessDenied, StoreUnavailable, UsageError
 
-EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 UNSIGNED_PAYLOAD = "UNSIGNED-PAYLOAD"
 DEFAULT_REGION = "us-east-1"
 UNRESERVED = "-_.~"
@@ -40,11 +38,9 @@ class _Refreshing(Protocol):
 class _Session(Protocol):
     def get_credentials(self) -> _Refreshing | None: ...
 
+    def get_scoped_config(self) -> object: ...
+
     def get_config_variable(self, name: str) -> str | None: ...
-
-
-def _flag(environ: Mapping[str, str], name: str) -> bool:
-    return environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
 
 
 def resolve_endpoint(endpoint_url: str | None, environ: Mapping[str, str]) -> str | None:
@@ -55,9 +51,15 @@ def resolve_endpoint(endpoint_url: str | None, environ: Mapping[str, str]) -> st
     endpoint = endpoint_url or environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or None
     if endpoint is None:
         return None
-    scheme, separator, rest = endpoint.partition("://")
-    if scheme not in ("http", "https") or not separator or not rest.strip("/"):
-        raise UsageError(f"endpoint {endpoint!r} is no URL: give --endpoint-url http://HOST:PORT or https://HOST")
+    advice = "give --endpoint-url http://HOST:PORT or https://HOST"
+    try:
+        parts = urlsplit(endpoint)
+        usable = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
+    except ValueError as error:
+        raise UsageError(f"endpoint {endpoint!r} is no URL ({error}): {advice}") from error
+    # The endpoint is part of an object's identity, which is written to disk and logs.
+    if not usable or parts.username is not None or parts.query or parts.fragment:
+        raise UsageError(f"endpoint {parts._replace(netloc=parts.netloc.rpartition('@')[2]).geturl()!r}: {advice}")
     return endpoint.rstrip("/")
 
 
@@ -68,7 +70,7 @@ def open_session(profile: str | None, environ: Mapping[str, str]) -> _Session:
 
     session: _Session = botocore.session.Session(profile=profile or environ.get("AWS_PROFILE") or None)
     try:
-        session.get_config_variable("region")
+        session.get_scoped_config()
     except botocore.exceptions.ProfileNotFound as error:
         raise UsageError(f"{error}: name an existing one with --profile, or AWS_PROFILE") from error
     return session
@@ -117,10 +119,13 @@ def _from_session(session: _Session) -> Callable[[], Credentials]:
     return current
 
 
-def keys_in_environment(profile: str | None, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether plain keys are set and no profile is asked for (a profile that is asked for goes first)."""
+def keys_in_environment(profile: str | None, environ: Mapping[str, str]) -> bool:
+    """Whether plain keys are set and used: a profile that is asked for goes before them, AWS_PROFILE does not.
+
+    The same order as in the AWS SDKs.
+    """
     plain = bool(environ.get("AWS_ACCESS_KEY_ID")) and bool(environ.get("AWS_SECRET_ACCESS_KEY"))
-    return plain and not profile and not environ.get("AWS_PROFILE")
+    return plain and not profile
 
 
 def _hmac(key: bytes, text: str) -> bytes:

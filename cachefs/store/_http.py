@@ -48,11 +48,11 @@ class S3Client:
     """Thread-safe; connections are kept and used again."""
 
     def __init__(self, service: Service) -> None:
-        self._service = service
-        self._endpoint = urlsplit(service.endpoint)
         self._idle: deque[http.client.HTTPConnection] = deque()
         self._lock = threading.Lock()
         self._closed = False
+        self._service = service
+        self._endpoint = urlsplit(service.endpoint)
         self._tls = self._tls_context() if self._endpoint.scheme == "https" else None
         self._proxy = self._find_proxy()
 
@@ -207,6 +207,10 @@ class S3Client:
             idle, self._idle = self._idle, deque()
         for connection in idle:
             connection.close()
+
+    def __del__(self) -> None:
+        # A store that nobody closed (its volume could not be added) leaves no sockets behind.
+        self.close()
 
     def close(self) -> None:
         """Closes idle connections; those in use are closed when they come back."""

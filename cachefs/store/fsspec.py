@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import aiohttp
 import botocore.exceptions  # type: ignore[import-untyped]
 import fsspec.asyn
-import s3fs  # type: ignore[import-untyped]
+import s3fs
 
 from cachefs.chunk import ObjectId
 from cachefs.errors import AccessDenied, CachefsError, IntegrityError, StoreUnavailable, UsageError
@@ -79,7 +79,7 @@ class S3fsStore(S3Store):
         """Runs `work(client)` on fsspec's loop and waits; its own deadlines end it."""
 
         async def run() -> T:
-            client = await asyncio.wait_for(self._fs.get_s3(self.location.bucket), self._get_timeout_s)
+            client = await asyncio.wait_for(self._fs.set_session(), self._get_timeout_s)
             return await work(client)
 
         result: T = fsspec.asyn.sync(self._fs.loop, run)
