@@ -39,13 +39,8 @@ def test_command_table_is_the_list_of_commands() -> None:
 
 
 def test_flags_that_the_readme_names_exist() -> None:
-    options = {option for command in every_command(group) for parameter in command.params for option in parameter.opts}
-    options |= {
-        option
-        for command in every_command(group)
-        for parameter in command.params
-        for option in parameter.secondary_opts
-    }
+    parameters = [parameter for command in every_command(group) for parameter in command.params]
+    options = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
     named = set(re.findall(r"`?(--[a-z][a-z-]*)", README.replace("mypy --strict", "")))
     assert named <= options
 
