@@ -1,5 +1,6 @@
 """Commands on the cache: through the running server, or directly under the state directory's lock."""
 
+import contextlib
 import time
 import uuid
 from collections.abc import Mapping
@@ -90,8 +91,8 @@ def status(command: Command) -> dict[str, Any]:
             "cache": {"hit_bytes": 0, "miss_bytes": 0},
         }
         if command.state_dir.is_dir():
-            # Between the two, a server may have come up: work() asks it then.
-            answer["tiers"] = work(command, "tiers", None, {})
+            with contextlib.suppress(StateBusy):  # a long command without a server: it says nothing meanwhile
+                answer["tiers"] = work(command, "tiers", None, {})
     return answer
 
 

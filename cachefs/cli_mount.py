@@ -318,9 +318,7 @@ def umount(command: Command, mountpoint: str | None, *, everything: bool, lazy: 
     if everything == (mountpoint is not None):
         raise UsageError("give either a mount point or --all")
     if mountpoint is not None:
-        place = (
-            Path(os.path.realpath(mountpoint)) if not os.path.ismount(mountpoint) else Path(os.path.abspath(mountpoint))
-        )
+        place = Path(os.path.realpath(mountpoint))
         return _umount_one(command, place, lazy=lazy)
     return _umount_all(command, lazy=lazy)
 
@@ -434,7 +432,7 @@ def upgrade(command: Command, mountpoint: str, python: str) -> dict[str, Any]:
     """Hand over and wait for the new server. Raises WorkFailed when it was rolled back."""
     from cachefs.kernel.bind import ours_at
 
-    place = Path(os.path.abspath(mountpoint))
+    place = Path(os.path.realpath(mountpoint))
     there = ours_at(place)
     if there is None:
         raise UsageError(f"{place} is not a cachefs mount")
