@@ -51,6 +51,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     allow_other: bool = False
     keeper_give_up_s: float = 300.0
     """No server for so long: the keeper aborts the connection."""
+    bind_timeout_s: float = 30.0
+    """As root: a volume that nobody has bind-mounted for so long, though it was asked for, goes again."""
     kernel_disable: tuple[str, ...] = ()
     """Kernel features not to use: "resend", "passthrough", "async_dio", "parallel_dirops", "readahead"."""
 

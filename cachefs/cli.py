@@ -1,0 +1,305 @@
+"""The command line: parse arguments, call one function, print. Loads nothing heavy before a command needs it."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from cachefs import __version__, cli_data, cli_mount, output
+from cachefs.cli_context import Command
+from cachefs.errors import CachefsError
+
+F = TypeVar("F", bound=Callable[..., Any])
+HELP = {"help_option_names": ["-h", "--help"]}
+
+
+def _stack(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+common = _stack(
+    click.option("--state-dir", metavar="DIR", help="Where the cache is kept."),
+    click.option("--config", metavar="FILE", help="Settings as TOML."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
+)
+source_options = _stack(
+    click.option("--endpoint-url", metavar="URL", help="Where the S3 service is, if it is not AWS."),
+    click.option("--region", metavar="R", help="The bucket's region."),
+    click.option("--profile", metavar="P", help="The profile of the AWS configuration to use."),
+    click.option("--anonymous", is_flag=True, default=None, help="Send requests without credentials."),
+    click.option("--store", type=click.Choice(["auto", "obstore", "fsspec"]), help="The library that fetches."),
+)
+volume_options = _stack(
+    source_options,
+    click.option("--mode", type=click.Choice(["read-only"]), help="What may be done with the tree."),
+    click.option("--include", metavar="GLOB", multiple=True, help="Show only matching paths (repeatable)."),
+    click.option("--exclude", metavar="GLOB", multiple=True, help="Hide matching paths (repeatable)."),
+    click.option("--uid", metavar="N", help="The owner that files show."),
+    click.option("--gid", metavar="N", help="The group that files show."),
+)
+server_options = _stack(
+    click.option("--cache-size", metavar="SIZE", help="Most bytes to keep: 50GiB, or 80% of the file system."),
+    click.option("--prefetch-bytes", metavar="SIZE", help="Most bytes that readahead has in flight."),
+    click.option("--offline", is_flag=True, default=None, help="Never ask the store."),
+    click.option("--on-unreachable", type=click.Choice(["wait", "error"]), help="When the store does not answer."),
+    click.option("--read-timeout", "read_timeout_s", metavar="SECONDS", help="How long a read waits for the store."),
+    click.option("--allow-other/--no-allow-other", default=None, help="Let other users read the mount."),
+    click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics there."),
+    click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"])),
+    click.option("--log-format", type=click.Choice(["text", "json"])),
+)
+
+
+@click.group(context_settings=HELP)
+@click.version_option(__version__, message="cachefs %(version)s")
+def group() -> None:
+    """A read-through cache file system for model files in object stores."""
+
+
+@group.command()
+@click.argument("source")
+@click.argument("mountpoint")
+@volume_options
+@server_options
+@click.option("-o", "options", metavar="OPTS", multiple=True, help="Settings as mount options: uid=1000,offline.")
+@click.option("--foreground", is_flag=True, help="Stay until unmounted, log to the terminal.")
+@common
+def mount(source: str, mountpoint: str, foreground: bool, options: tuple[str, ...], **flags: Any) -> None:
+    """Show SOURCE (s3://bucket/prefix, file:///directory) at MOUNTPOINT, a directory that is there and empty.
+
+    Returns when the mount answers.
+    """
+    command = Command.of(cli_mount.with_mount_options(flags, options))
+    done = cli_mount.mount(command, source, mountpoint, foreground=foreground)
+    if command.as_json:
+        output.document(done)
+    elif done["already"]:
+        click.echo(f"{source} is mounted on {done['mountpoint']} already")
+    else:
+        click.echo(f"{source} is mounted on {done['mountpoint']}")
+    if foreground:
+        cli_mount.wait_in_foreground(done)
+
+
+@group.command()
+@click.argument("mountpoint", required=False)
+@click.option("--all", "everything", is_flag=True, help="Unmount everything of this state directory.")
+@click.option("--lazy", is_flag=True, help="Unmount now what is busy; open files can be read to their end.")
+@common
+def umount(mountpoint: str | None, everything: bool, lazy: bool, **flags: Any) -> None:
+    """Unmount MOUNTPOINT. Returns when it is gone, and the server too if it was its last mount."""
+    command = Command.of(flags)
+    done = cli_mount.umount(command, mountpoint, everything=everything, lazy=lazy)
+    if command.as_json:
+        output.document(done)
+    else:
+        for place in done["unmounted"]:
+            click.echo(f"unmounted {place}")
+        if done["in_use"]:
+            click.echo("files are still open: the server ends when they are closed")
+
+
+@group.command()
+@click.argument("mountpoint")
+@click.option("--python", metavar="PATH", help="The interpreter whose cachefs takes over (default: this one).")
+@common
+def upgrade(mountpoint: str, python: str | None, **flags: Any) -> None:
+    """Hand MOUNTPOINT over to a server of the cachefs that is installed now; readers notice nothing."""
+    command = Command.of(flags)
+    done = cli_mount.upgrade(command, mountpoint, python or sys.executable)
+    if command.as_json:
+        output.document(done)
+    else:
+        click.echo(f"{mountpoint} is served by version {done['version']} (process {done['pid']})")
+
+
+@group.command()
+@common
+def status(**flags: Any) -> None:
+    """What is mounted, how much of it is local, what the cache did."""
+    command = Command.of(flags)
+    found = cli_data.status(command)
+    if command.as_json:
+        output.document(found)
+    else:
+        cli_data.print_status(found)
+
+
+@group.command()
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+@click.option("--pin", is_flag=True, help="Also exempt it from eviction.")
+@source_options
+@click.option("--include", metavar="GLOB", multiple=True, help="Only matching paths (repeatable).")
+@click.option("--exclude", metavar="GLOB", multiple=True, help="Not the matching paths (repeatable).")
+@common
+def warm(sources: tuple[str, ...], pin: bool, **flags: Any) -> None:
+    """Fetch all of SOURCE into the cache: a prefix, or one object of it."""
+    command = Command.of(flags)
+    results = []
+    for source in sources:
+        with output.progress(f"warm {source}", quiet=command.as_json) as show:
+            results.append(cli_data.work(command, "warm", source, {"pin": pin}, show, create=True))
+    if command.as_json:
+        output.document({"warmed": results})
+    else:
+        for result in results:
+            size, fetched = output.human_bytes(result["bytes_total"]), output.human_bytes(result["fetched_bytes"])
+            click.echo(f"{result['source']}: {result['objects_total']} objects, {size}, {fetched} of it fetched now")
+
+
+@group.command()
+@click.argument("source", required=False)
+@source_options
+@common
+def ls(source: str | None, **flags: Any) -> None:
+    """The objects that are cached, wholly or in part: all, or those of SOURCE."""
+    command = Command.of(flags)
+    found = cli_data.work(command, "ls", source, {})
+    if command.as_json:
+        output.document(found)
+        return
+    rows = [
+        (
+            output.human_bytes(item["size_bytes"]),
+            f"{100 * item['local_bytes'] // max(item['size_bytes'], 1)}%" if item["size_bytes"] else "100%",
+            ",".join(word for word in ("sealed", "pinned", "open") if item[word]) or "-",
+            f"{item['source'].rstrip('/')}/{item['path'].lstrip('/')}",
+        )
+        for item in found["objects"]
+    ]
+    output.table(("SIZE", "LOCAL", "STATE", "OBJECT"), rows)
+
+
+def _simple(name: str, help: str, say: Callable[[dict[str, Any]], str]) -> None:
+    """A command that takes SOURCE[/PATH] and does one thing."""
+
+    @group.command(name, help=help)
+    @click.argument("source", metavar="SOURCE[/PATH]")
+    @source_options
+    @common
+    def run(source: str, **flags: Any) -> None:
+        command = Command.of(flags)
+        result = cli_data.work(command, name, source, {})
+        if command.as_json:
+            output.document(result)
+        else:
+            click.echo(say(result))
+
+
+def _say_evicted(result: dict[str, Any]) -> str:
+    lines = [f"evicted {result['evicted_objects']} objects, {output.human_bytes(result['evicted_bytes'])}"]
+    lines += [f"stays ({item['reason']}): {item['path']}" for item in result["skipped"]]
+    return "\n".join(lines)
+
+
+_simple("pin", "Exempt SOURCE[/PATH] from eviction.", lambda result: f"pinned {result['source']}")
+_simple("unpin", "Take the pins of SOURCE[/PATH] back.", lambda result: f"unpinned {result['source']}")
+_simple("evict", "Drop what is local of SOURCE[/PATH] and neither open nor pinned.", _say_evicted)
+
+
+@group.command()
+@click.argument("source", required=False)
+@click.option("--repair", is_flag=True, help="Give bad chunks up, so that they are fetched again.")
+@click.option("--rebuild", is_flag=True, help="Also make records and blobs agree.")
+@source_options
+@common
+def verify(source: str | None, repair: bool, rebuild: bool, **flags: Any) -> None:
+    """Compare every local byte with its digest. Exit code 1 when something was bad and is not repaired."""
+    command = Command.of(flags)
+    with output.progress("verify", quiet=command.as_json) as show:
+        result = cli_data.work(command, "verify", source, {"repair": repair, "rebuild": rebuild}, show)
+    if command.as_json:
+        output.document(result)
+    else:
+        size = output.human_bytes(result["bytes"])
+        click.echo(f"{result['objects']} objects, {result['chunks']} chunks, {size}: {len(result['bad'])} bad")
+        for item in result["bad"]:
+            click.echo(f"bad: {item['source']} {item['path']} chunk {item['chunk']}")
+    if result["bad"] and not (repair or rebuild):
+        raise SystemExit(1)
+
+
+@group.command()
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@common
+def gc(dry_run: bool, **flags: Any) -> None:
+    """Delete blobs and records that nothing refers to."""
+    command = Command.of(flags)
+    result = cli_data.work(command, "gc", None, {"dry_run": dry_run})
+    if command.as_json:
+        output.document(result)
+    else:
+        word = "would be deleted" if dry_run else "deleted"
+        freed = output.human_bytes(result["freed_bytes"])
+        click.echo(f"{result['blobs']} blobs and {result['objects']} records {word}, {freed}")
+
+
+@group.command()
+@click.option("-n", "--lines", default=50, show_default=True, type=click.IntRange(0, 1_000_000))
+@common
+def logs(lines: int, **flags: Any) -> None:
+    """The last lines of the server's log."""
+    command = Command.of(flags)
+    found = cli_data.log_lines(command, lines)
+    if command.as_json:
+        output.document({"lines": found})
+    else:
+        for line in found:
+            click.echo(line)
+
+
+@group.group()
+def config() -> None:
+    """The settings."""
+
+
+@config.command("show")
+@click.option("--origin", is_flag=True, help="Also say where each value comes from.")
+@volume_options
+@server_options
+@common
+def config_show(origin: bool, **flags: Any) -> None:
+    """Every setting as a command with the same flags would have it."""
+    command = Command.of(flags)
+    found = cli_data.settings(command, origin=origin)
+    if command.as_json:
+        output.document(found)
+    elif origin:
+        rows = [(name, str(item["value"]), item["origin"]) for name, item in found.items()]
+        output.table(("SETTING", "VALUE", "ORIGIN"), rows)
+    else:
+        output.table(("SETTING", "VALUE"), [(name, str(value)) for name, value in found.items()])
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 the work failed, 2 the request was wrong or cannot be met."""
+    try:
+        group.main(prog_name="cachefs", standalone_mode=False)
+    except click.ClickException as exc:
+        exc.show()
+        sys.exit(exc.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except CachefsError as exc:
+        line = " ".join(str(exc).split()) or type(exc).__name__
+        click.echo(f"cachefs: {line}", err=True)
+        sys.exit(exc.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains at its end
+        sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as exc:
+        click.echo(f"cachefs: {exc.strerror or exc}" + (f": {exc.filename}" if exc.filename else ""), err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

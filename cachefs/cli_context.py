@@ -1,0 +1,70 @@
+"""What every command has: its resolved settings, who runs it, and where the server of its state directory is."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cachefs import settings
+from cachefs.config import ServerConfig, VolumeConfig
+from cachefs.errors import UsageError
+from cachefs.settings import Settings
+
+
+class Command(msgspec.Struct, frozen=True):
+    """One run of the command line."""
+
+    settings: Settings
+    uid: int
+    as_json: bool
+    environ: Mapping[str, str]
+
+    @classmethod
+    def of(cls, flags: Mapping[str, Any]) -> "Command":
+        """From click's parameters. Raises UsageError for values that make no sense."""
+        chosen = dict(flags)
+        as_json, config = bool(chosen.pop("as_json")), chosen.pop("config")
+        uid = os.geteuid()
+        resolved = settings.resolve(chosen, os.environ, uid=uid, gid=os.getegid(), config=config)
+        return cls(resolved, uid, as_json, os.environ)
+
+    @property
+    def state_dir(self) -> Path:
+        return Path(self.settings["state_dir"])
+
+    @property
+    def runtime_dir(self) -> Path:
+        return settings.runtime_dir(self.settings, self.environ, self.uid)
+
+    def server_config(self) -> ServerConfig:
+        return settings.server_config(self.settings, self.environ, self.uid)
+
+    def volume_config(self, source: str) -> VolumeConfig:
+        return settings.volume_config(self.settings, check_source(source))
+
+    def source_config(self, source: str) -> VolumeConfig:
+        """SOURCE[/PATH] of a data command: only what finds it counts."""
+        config = self.volume_config(source)
+        return msgspec.structs.replace(config, name="", uid=0, gid=0)
+
+
+def check_source(source: str) -> str:
+    """The source without slashes at its end. Raises UsageError for what cannot be one."""
+    from cachefs.store.open import SCHEMES
+
+    scheme, separator, rest = source.partition("://")
+    known = ", ".join(f"{name}://" for name in SCHEMES)
+    if not separator:
+        raise UsageError(f"{source!r} is no source: write it like s3://bucket/prefix (known: {known})")
+    if scheme not in SCHEMES:
+        raise UsageError(f"the scheme of {source!r} is unknown: the known ones are {known}")
+    if re.search(r"[\0-\x1f]", source):
+        raise UsageError(f"{source!r} has control characters")
+    if not rest.strip("/") and scheme != "file":
+        raise UsageError(f"{source!r} names no bucket: write it like s3://bucket/prefix")
+    if scheme == "file":
+        return f"file://{os.path.abspath(rest)}" if rest.startswith("/") else source
+    return f"{scheme}://{rest.rstrip('/')}"

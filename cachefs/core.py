@@ -1,0 +1,356 @@
+"""The cache without FUSE: index, local tier, chunk cache, snapshots, stores, and the work that commands ask for.
+
+The server builds one and serves it; a command without a server takes the state directory's lock and builds one
+for itself. So `warm`, `evict`, ... are the same code in both.
+"""
+
+import contextlib
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import msgspec
+import trio
+
+from cachefs.cache import ChunkCache
+from cachefs.cached import Pin
+from cachefs.chunk import ObjectId, chunk_count, chunk_length
+from cachefs.config import ServerConfig, VolumeConfig
+from cachefs.errors import CachefsError, NotFound, WorkFailed
+from cachefs.index import Index
+from cachefs.metrics import Metrics
+from cachefs.offload import Offload
+from cachefs.snapshot import Entry, Snapshots, Volume, join
+from cachefs.store import ObjectInfo, Store
+from cachefs.store.open import open_store
+from cachefs.tier.local import LocalTier
+
+log = logging.getLogger(__name__)
+
+_PROBE_NAME = "x"
+WARM_CHUNKS = 16
+"""Chunks that one warm has in flight: real-S3 speed needs 16 GETs at once."""
+Progress = Callable[[dict[str, Any]], None]
+
+
+def first_error(error: BaseException) -> BaseException:
+    """The reason inside the groups that nurseries raise: one of ours if there is one."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [first_error(inner) for inner in error.exceptions]
+    return next((leaf for leaf in leaves if isinstance(leaf, CachefsError)), leaves[0])
+
+
+class Source(msgspec.Struct, frozen=True):
+    """What SOURCE[/PATH] on the command line means in terms of ObjectId: objects at or under `path`."""
+
+    store: Store
+    config: VolumeConfig
+    path: str
+    """The key of the prefix, without slashes at its ends; "" is the whole bucket."""
+
+    def covers(self, object_id: ObjectId) -> bool:
+        if object_id.source != self.store.identity:
+            return False
+        return not self.path or object_id.path == self.path or object_id.path.startswith(self.path + "/")
+
+
+class Core:
+    """Everything that needs no FUSE. Built by open_core(). Its methods run on the trio thread."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        index: Index,
+        tier: LocalTier,
+        offload: Offload,
+        cache: ChunkCache,
+        snapshots: Snapshots,
+        metrics: Metrics,
+    ) -> None:
+        self.config = config
+        self.index = index
+        self.tier = tier
+        self.offload = offload
+        self.cache = cache
+        self.snapshots = snapshots
+        self.metrics = metrics
+        self.volumes: dict[str, Volume] = {}
+        """By name; the server adds and removes them."""
+        self._stores: dict[VolumeConfig, Store] = {}
+
+    def open_store(self, config: VolumeConfig) -> Store:
+        """The store of a source; the same one for the same options. Raises UsageError for what makes no sense."""
+        key = msgspec.structs.replace(config, name="", include=(), exclude=(), uid=0, gid=0)
+        store = self._stores.get(key)
+        if store is None:
+            store = self._stores[key] = open_store(
+                key, get_timeout_s=self.config.get_timeout_s, list_timeout_s=self.config.list_timeout_s
+            )
+        return store
+
+    def close(self) -> None:
+        """Let go of stores and index."""
+        for store in self._stores.values():
+            with contextlib.suppress(CachefsError):
+                store.close()
+        self.index.close()
+
+    def volume_of(self, source: str) -> VolumeConfig | None:
+        """The options of the mounted volume that `source` is, or lies in."""
+        for volume in self.volumes.values():
+            if source == volume.config.source or source.startswith(volume.config.source.rstrip("/") + "/"):
+                return volume.config
+        return None
+
+    def source(self, config: VolumeConfig) -> Source:
+        """SOURCE[/PATH] with its options; a mounted volume lends the options that were not given."""
+        mounted = self.volume_of(config.source)
+        plain = VolumeConfig(name="", source=config.source)
+        if mounted is not None and msgspec.structs.replace(config, name="", uid=0, gid=0) == plain:
+            config = msgspec.structs.replace(mounted, source=config.source, include=(), exclude=())
+        store = self.open_store(config)
+        probe = store.object_id(ObjectInfo(_PROBE_NAME, 0, "", 0.0))
+        return Source(store, config, probe.path.removesuffix(_PROBE_NAME).strip("/"))
+
+    # -- what is there ------------------------------------------------------------------------------------------
+
+    def tiers(self) -> list[dict[str, Any]]:
+        """`status`'s tiers[]; also sets the gauges."""
+        usage = self.cache.usage()
+        self.metrics.used_bytes.labels("local").set(usage.used_bytes)
+        self.metrics.capacity_bytes.labels("local").set(usage.capacity_bytes)
+        return [
+            {
+                "name": "local",
+                "directory": str(self.tier.directory),
+                "used_bytes": usage.used_bytes,
+                "capacity_bytes": usage.capacity_bytes,
+                "free_bytes": usage.free_bytes,
+                "objects_total": usage.objects_total,
+                "objects_sealed": usage.objects_sealed,
+            }
+        ]
+
+    async def volume_totals(self, volume: Volume) -> dict[str, Any]:
+        """Sums over the directories that are frozen so far; `listing_complete` says whether those are all."""
+        local = {
+            (record.object.path, record.object.version, record.object.size): record
+            for record in self.cache.objects()
+            if record.object.source == volume.store.identity
+        }
+        totals = dict.fromkeys(("bytes_total", "bytes_local", "objects_total", "objects_sealed"), 0)
+        frozen: set[str] = set()
+        named = {""}
+        for directory, listing in self.snapshots.known(volume):
+            frozen.add(directory)
+            await trio.lowlevel.checkpoint()
+            for entry in listing.entries:
+                if entry.is_directory:
+                    named.add(join(directory, entry.key_name))
+                    continue
+                totals["bytes_total"] += entry.size
+                totals["objects_total"] += 1
+                if not local and entry.size:
+                    continue
+                object_id = self.snapshots.object_id(volume, directory, entry)
+                record = local.get((object_id.path, object_id.version, object_id.size))
+                totals["bytes_local"] += record.local_bytes if record else 0
+                totals["objects_sealed"] += bool(record and record.sealed) or entry.size == 0
+        return {**totals, "listing_complete": named <= frozen}
+
+    def list_objects(self, source: Source | None) -> list[dict[str, Any]]:
+        """What is cached, most recently used first."""
+        records = [record for record in self.cache.objects() if source is None or source.covers(record.object)]
+        records.sort(key=lambda record: (-record.used_s, record.object.path))
+        return [
+            {
+                "source": record.object.source,
+                "path": record.object.path,
+                "version": record.object.version,
+                "size_bytes": record.object.size,
+                "local_bytes": record.local_bytes,
+                "sealed": record.sealed,
+                "pinned": record.pinned,
+                "open": record.open,
+                "used_s": record.used_s,
+            }
+            for record in records
+        ]
+
+    # -- work -----------------------------------------------------------------------------------------------------
+
+    async def warm(self, source: Source, *, pin: bool, progress: Progress) -> dict[str, Any]:
+        """Fetch everything under a source. Raises NotFound when there is nothing, WorkFailed when some failed."""
+        started = trio.current_time()
+        objects = [item async for item in self._listed(source)]
+        if not objects:
+            raise NotFound(f"{source.config.source} has no objects: check bucket, prefix and --include")
+        if pin:
+            await self.pin(source)
+        total = sum(object_id.size for object_id in objects)
+        if total > self.cache.usage().capacity_bytes:
+            log.warning("%s has %d bytes, more than the cache may hold", source.config.source, total)
+        done = already = sum(self.cache.local_bytes(object_id) for object_id in objects)
+        progress({"done_bytes": done, "total_bytes": total})
+        failed: list[tuple[str, CachefsError]] = []
+        chunks = (
+            (object_id, index)
+            for object_id in objects
+            for index in range(chunk_count(object_id.size))
+            if not self.cache.is_local(object_id, index)
+        )
+
+        async def worker() -> None:
+            nonlocal done
+            for object_id, index in chunks:
+                try:
+                    await self.cache.ensure(source.store, object_id, index)
+                except CachefsError as exc:
+                    failed.append((object_id.path, exc))
+                    continue
+                done += chunk_length(object_id.size, index)
+                progress({"done_bytes": done, "total_bytes": total})
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(WARM_CHUNKS):
+                nursery.start_soon(worker)
+        if failed:
+            path, error = failed[0]
+            raise WorkFailed(f"{len(failed)} chunks could not be fetched, the first of {path}: {error}") from error
+        return {
+            "source": source.config.source,
+            "objects_total": len(objects),
+            "bytes_total": total,
+            "fetched_bytes": done - already,
+            "pinned": pin,
+            "seconds": trio.current_time() - started,
+        }
+
+    async def _listed(self, source: Source) -> AsyncIterator[ObjectId]:
+        """Every object under a source, also when it names one object and no prefix."""
+        found = False
+        for volume in self._views(source.config):
+            with contextlib.suppress(NotFound):
+                async for directory, entry in self._files(volume, deep=volume.config.source == source.config.source):
+                    object_id = self.snapshots.object_id(volume, directory, entry)
+                    if source.covers(object_id):
+                        found = True
+                        yield object_id
+            if found:
+                return
+
+    async def _files(self, volume: Volume, *, deep: bool) -> AsyncIterator[tuple[str, Entry]]:
+        if deep:
+            async for item in self.snapshots.walk(volume):
+                yield item
+            return
+        for entry in (await self.snapshots.freeze(volume, "")).entries:
+            if not entry.is_directory:
+                yield "", entry
+
+    def _views(self, config: VolumeConfig) -> Iterator[Volume]:
+        """The source as a directory; then the directory that it is an object of."""
+        for source in (config.source, config.source.rpartition("/")[0]):
+            if re.match(r"[a-z0-9]+://.", source):
+                mounted = next((v for v in self.volumes.values() if v.config.source == source), None)
+                here = msgspec.structs.replace(config, source=source)
+                yield mounted or Volume(here, self.open_store(here))
+
+    async def pin(self, source: Source) -> dict[str, Any]:
+        """Exempt what is at or under a source from eviction, also what is fetched later."""
+        pin = Pin(_pin_id(source), source.store.identity, source.path, time.time())
+        await self.cache.pin(pin)
+        return {"source": source.config.source, "pinned": True}
+
+    async def unpin(self, source: Source) -> dict[str, Any]:
+        """Take the pins at or under a source back. Raises NotFound when there are none."""
+        whole = Pin("", source.store.identity, source.path, 0.0)
+        pins = [
+            pin
+            for pin in self.cache.pins()
+            if pin.source == whole.source
+            and (pin.path == whole.path or whole.covers(ObjectId(pin.source, pin.path, 0, "")))
+        ]
+        if not pins:
+            raise NotFound(f"nothing at {source.config.source} is pinned")
+        for pin in pins:
+            await self.cache.unpin(pin.pin_id)
+        return {"source": source.config.source, "pinned": False, "pins": len(pins)}
+
+    def _covered(self, source: Source | None) -> list[ObjectId] | None:
+        if source is None:
+            return None
+        return [record.object for record in self.cache.objects() if source.covers(record.object)]
+
+    async def evict(self, source: Source) -> dict[str, Any]:
+        """Drop what is local of a source and neither open nor pinned."""
+        report = await self.cache.evict(self._covered(source))
+        return {
+            "source": source.config.source,
+            "evicted_objects": report.evicted_objects,
+            "evicted_bytes": report.evicted_bytes,
+            "skipped": [{"path": object_id.path, "reason": reason} for object_id, reason in report.skipped],
+        }
+
+    async def verify(self, source: Source | None, *, repair: bool, rebuild: bool, progress: Progress) -> dict[str, Any]:
+        """Compare every local chunk with its digest."""
+        report = await self.cache.verify(
+            self._covered(source),
+            repair=repair,
+            rebuild=rebuild,
+            progress=lambda done, total: progress({"done_bytes": done, "total_bytes": total}),
+        )
+        return {
+            "objects": report.objects,
+            "chunks": report.chunks,
+            "bytes": report.bytes,
+            "bad": [{"path": key.object.path, "source": key.object.source, "chunk": key.index} for key in report.bad],
+            "dropped_chunks": report.dropped_chunks,
+            "dropped_records": report.dropped_records,
+            "deleted_blobs": report.deleted_blobs,
+        }
+
+    async def gc(self, *, dry_run: bool) -> dict[str, Any]:
+        """Delete what nothing refers to."""
+        builtins: dict[str, Any] = msgspec.to_builtins(await self.cache.gc(dry_run))
+        return builtins
+
+
+def _pin_id(source: Source) -> str:
+    return ObjectId(source.store.identity, source.path, 0, "").key.hex()
+
+
+@contextlib.asynccontextmanager
+async def open_core(config: ServerConfig, metrics: Metrics, *, session: str) -> AsyncIterator[Core]:
+    """A running core; the caller holds the state directory's lock. Fills in flight are finished at the end."""
+    offload = Offload()
+    index = Index(config.state_dir / "index")
+    core: Core | None = None
+    try:
+        tier = LocalTier(
+            config.state_dir / "blobs",
+            capacity_bytes=config.cache_bytes_max,
+            free_fraction_min=config.free_fraction_min,
+        )
+        cache = ChunkCache(index=index, tier=tier, offload=offload, metrics=metrics, config=config, clock=time.time)
+        snapshots = Snapshots(index, offload, time.time, session=session, offline=config.offline)
+        core = Core(config, index=index, tier=tier, offload=offload, cache=cache, snapshots=snapshots, metrics=metrics)
+        await cache.recover()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(cache.run)
+            await nursery.start(snapshots.run)
+            try:
+                yield core
+            finally:
+                with trio.CancelScope(shield=True):
+                    await cache.drain()
+                nursery.cancel_scope.cancel()
+    finally:
+        if core is not None:
+            core.close()
+        else:
+            index.close()

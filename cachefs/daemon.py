@@ -1,0 +1,121 @@
+"""The server: `python -m cachefs.daemon FD`, started by the keeper. Builds everything, owns nursery and signals.
+
+It always resumes: the keeper hands it a session, and the first start differs only in that the volumes are probed.
+It ends in this order: FUSE, prefetch, fills in flight, index.
+"""
+
+import functools
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import trio
+
+from cachefs import control, fuse, logs
+from cachefs.core import Core, first_error, open_core
+from cachefs.errors import CachefsError, WorkFailed
+from cachefs.ledger import Ledger
+from cachefs.link import KeeperLink
+from cachefs.metrics import Metrics, serve_metrics
+from cachefs.notifier import Notifier
+from cachefs.server import Server
+from cachefs.state import remember_size, state_lock
+from cachefs.tree import Tree
+from cachefs.vfs import Vfs
+
+LOCK_WAIT_S = 10.0
+"""A server that was killed may take so long to let go of the state directory (its threads finish a write)."""
+
+log = logging.getLogger("cachefs.daemon")  # __name__ is "__main__" here
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0: unmounted or handed over; 2: the first start failed and was reported; 1: restart me."""
+    link = KeeperLink.receive(int(arguments[0]))
+    server = link.session.config.server
+    logs.set_up(server.state_dir, server.log_level, server.log_format)
+    log.info("server %d of this mount starts (keeper %d)", link.session.generation, link.session.keeper_pid)
+    try:
+        with state_lock(server.state_dir, wait_s=LOCK_WAIT_S if link.session.generation else 0.0):
+            remember_size(server.state_dir, server.cache_bytes_max)
+            trio.run(functools.partial(_run, link), restrict_keyboard_interrupt_to_checkpoints=True)
+    except BaseException as exc:
+        error = first_error(exc)
+        if isinstance(error, CachefsError):
+            log.error("%s", error)
+        else:
+            log.error("the server failed", exc_info=exc)
+            error = WorkFailed(f"the server failed ({type(error).__name__}): see {server.state_dir}/log/server.log")
+        if link.session.generation == 0:
+            link.failed(error)
+            return error.exit_code
+        return 1
+    log.info("server %d ends", link.session.generation)
+    return 0
+
+
+async def _run(link: KeeperLink) -> None:
+    session = link.session
+    config = session.config
+    ledger = Ledger(session.ledger_fd)
+    metrics = Metrics(ledger.counters)
+    async with open_core(config.server, metrics, session=config.session) as core:
+        tree = Tree(core.index, core.offload, core.snapshots, volumes_at_root=config.as_root)
+        notifier = Notifier(session.fuse_fd)
+        vfs = Vfs(tree=tree, cache=core.cache, notifier=notifier, link=link, ledger=ledger, metrics=metrics)
+        server = Server(core=core, tree=tree, link=link, ledger=ledger, vfs=vfs, metrics=metrics)
+        await _serve(link, core, tree, notifier, vfs, server)
+    # The index is closed: whoever waits for the lock finds all in order.
+
+
+async def _serve(link: KeeperLink, core: Core, tree: Tree, notifier: Notifier, vfs: Vfs, server: Server) -> None:
+    config = link.session.config
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_signals, link.request_unmount)
+        nursery.start_soon(link.run, stop.set)
+        await nursery.start(tree.run)
+        nursery.start_soon(notifier.run)
+        await server.add_first_volumes()
+        await nursery.start(vfs.run)
+        if config.server.metrics is not None:
+            host, _, port = config.server.metrics.rpartition(":")
+            await nursery.start(serve_metrics, server.exposition, host.strip("[]"), int(port))
+        ended = trio.Event()
+        await nursery.start(_serve_fuse, vfs, link, stop, ended)
+        await nursery.start(control.serve, config.server.runtime_dir, server.methods())
+        nursery.start_soon(server.watch_binds)
+        link.ready()
+        log.info("serving %d volumes", len(core.volumes))
+        await ended.wait()
+        nursery.cancel_scope.cancel()
+
+
+async def _serve_fuse(
+    vfs: Vfs,
+    link: KeeperLink,
+    stop: trio.Event,
+    ended: trio.Event,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """FUSE ends when it is told to, or by itself when the kernel has unmounted: then everything does."""
+    await fuse.serve(vfs, link.session, stop=stop, task_status=task_status)
+    ended.set()
+
+
+async def _signals(request_unmount: Callable[[], None]) -> None:
+    """SIGTERM and SIGINT: the keeper unmounts and ends us both."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as numbers:
+        async for number in numbers:
+            log.info("%s: unmounting", signal.Signals(number).name)
+            request_unmount()
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    logging.shutdown()
+    # Not sys.exit(): a thread that hangs in a dead store's request must not hold up the end.
+    os._exit(code)

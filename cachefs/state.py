@@ -1,0 +1,87 @@
+"""The state directory and who holds it: one server, or one command without a server, at a time."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from cachefs.errors import StateBusy, UsageError
+
+LOCK_NAME = "lock"
+SIZE_NAME = "cache_bytes_max"
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, *, wait_s: float, busy: str) -> Iterator[int]:
+    """Hold an flock; gives its descriptor. Raises StateBusy with `busy` and the holder, UsageError if unusable."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise UsageError(f"{path} cannot be written ({exc.strerror}): give another --state-dir") from exc
+    try:
+        deadline = time.monotonic() + wait_s
+        while not _try_lock(descriptor):
+            if time.monotonic() >= deadline:
+                holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+                raise StateBusy(busy.format(holder=holder))
+            time.sleep(0.05)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as exc:
+        if exc.errno == errno.ENOLCK:
+            raise UsageError("the file system of the state directory has no locks: give another --state-dir") from exc
+        raise
+    return True
+
+
+def make_state_dir(state_dir: Path) -> None:
+    """Make it, with STATE/log. Raises UsageError when it cannot be used."""
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (state_dir / "log").mkdir(mode=0o700, exist_ok=True)
+    except OSError as exc:
+        raise UsageError(
+            f"the state directory {state_dir} is not usable ({exc.strerror}): give another one with --state-dir"
+        ) from exc
+    if not os.access(state_dir, os.W_OK | os.X_OK) or os.statvfs(state_dir).f_flag & os.ST_RDONLY:
+        raise UsageError(f"the state directory {state_dir} cannot be written: give another one with --state-dir")
+
+
+@contextlib.contextmanager
+def state_lock(state_dir: Path, *, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the state directory. Raises StateBusy when another live process does for longer than `wait_s`."""
+    make_state_dir(state_dir)
+    busy = (
+        f"the state directory {state_dir} is in use by another server or command (process {{holder}}): "
+        "unmount it first, or give another one with --state-dir"
+    )
+    with file_lock(state_dir / LOCK_NAME, wait_s=wait_s, busy=busy) as descriptor:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+
+
+def remember_size(state_dir: Path, cache_bytes_max: int) -> None:
+    """What the last server was told to keep at most; a command without a server must not evict down to less."""
+    new = state_dir / (SIZE_NAME + ".new")
+    new.write_text(f"{cache_bytes_max}\n")
+    new.replace(state_dir / SIZE_NAME)
+
+
+def remembered_size(state_dir: Path) -> int | None:
+    """In bytes; None when no server has run."""
+    try:
+        return int((state_dir / SIZE_NAME).read_text())
+    except (OSError, ValueError):
+        return None

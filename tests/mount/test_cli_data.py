@@ -1,0 +1,143 @@
+"""status, warm, ls, pin, evict, verify, gc and metrics: the same with a server and without one."""
+
+import os
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.mount.cli_support import Cli, cli
+from tests.mount.harness import needs_fuse, wait_for
+from tests.support.lying import LyingServer
+from tests.support.servers import free_ports
+
+__all__ = ["cli"]
+pytestmark = needs_fuse
+
+DATA = os.urandom(9 * 1024 * 1024 + 17)
+SMALL = b"hello"
+TOTAL = len(DATA) + len(SMALL)
+
+
+@pytest.fixture
+def bucket(origin: LyingServer) -> LyingServer:
+    origin.put("models", "m/weights.bin", DATA)
+    origin.put("models", "m/sub/small.txt", SMALL)
+    return origin
+
+
+@pytest.fixture(params=["with a server", "without a server"])
+def place(request: pytest.FixtureRequest, cli: Cli, bucket: LyingServer) -> Path | None:
+    if request.param == "without a server":
+        return None
+    cli.run("mount", "s3://models/m", cli.place(), "--endpoint-url", bucket.endpoint_url)
+    return cli.place()
+
+
+def blobs(cli: Cli) -> list[Path]:
+    return [path for path in (cli.state_dir / "blobs").rglob("*") if path.is_file()]
+
+
+def test_warm_ls_pin_evict_verify_gc(cli: Cli, bucket: LyingServer, place: Path | None) -> None:
+    at = ("--endpoint-url", bucket.endpoint_url)
+    (warmed,) = cli.json("warm", "s3://models/m", *at)["warmed"]
+    assert (warmed["objects_total"], warmed["bytes_total"], warmed["fetched_bytes"]) == (2, TOTAL, TOTAL)
+    (again,) = cli.json("warm", "s3://models/m", *at)["warmed"]
+    assert again["fetched_bytes"] == 0
+    objects = {item["path"]: item for item in cli.json("ls")["objects"]}
+    assert {path: item["local_bytes"] for path, item in objects.items()} == {
+        "m/weights.bin": len(DATA),
+        "m/sub/small.txt": len(SMALL),
+    }
+    wait_for(lambda: all(item["sealed"] for item in cli.json("ls")["objects"]), "sealed")
+    assert [item["path"] for item in cli.json("ls", "s3://models/m/sub", *at)["objects"]] == ["m/sub/small.txt"]
+    checked = cli.json("verify")
+    assert (checked["objects"], checked["bytes"], checked["bad"]) == (2, TOTAL, [])
+    cli.run("pin", "s3://models/m/weights.bin", *at)
+    evicted = cli.json("evict", "s3://models/m", *at)
+    assert evicted["evicted_objects"] == 1
+    assert [item["path"] for item in evicted["skipped"]] == ["m/weights.bin"]
+    cli.run("unpin", "s3://models/m", *at)
+    assert cli.json("evict", "s3://models/m", *at)["evicted_objects"] == 1
+    assert cli.json("ls")["objects"] == []
+    assert cli.json("gc")["objects"] == 0
+    assert blobs(cli) == []
+
+
+def test_warm_takes_one_object_and_pins(cli: Cli, bucket: LyingServer, place: Path | None) -> None:
+    at = ("--endpoint-url", bucket.endpoint_url)
+    (warmed,) = cli.json("warm", "s3://models/m/weights.bin", "--pin", *at)["warmed"]
+    assert (warmed["objects_total"], warmed["fetched_bytes"]) == (1, len(DATA))
+    assert [item["pinned"] for item in cli.json("ls")["objects"]] == [True]
+    nothing = cli.run("warm", "s3://models/m/nothing", *at, code=1)
+    assert nothing.stderr.startswith("cachefs: ")
+
+
+def test_verify_finds_a_flipped_bit_and_repairs(cli: Cli, bucket: LyingServer) -> None:
+    at = ("--endpoint-url", bucket.endpoint_url)
+    cli.run("warm", "s3://models/m/weights.bin", *at)
+    (blob,) = blobs(cli)
+    with blob.open("r+b") as file:
+        file.seek(5000)
+        file.write(bytes([DATA[5000] ^ 1]))
+    found = cli.run("verify", "--json", code=1)
+    assert '"m/weights.bin"' in found.stdout
+    cli.run("verify", "--repair")
+    cli.run("mount", "s3://models/m", cli.place(), *at)
+    assert (cli.place() / "weights.bin").read_bytes() == DATA
+    assert cli.json("verify")["bad"] == []
+
+
+def test_a_mounted_volume_lends_its_options(cli: Cli, bucket: LyingServer) -> None:
+    cli.run("mount", "s3://models/m", cli.place(), "--endpoint-url", bucket.endpoint_url)
+    (warmed,) = cli.json("warm", "s3://models/m/sub")["warmed"]
+    assert warmed["fetched_bytes"] == len(SMALL)
+
+
+def test_status_has_the_fields_that_scripts_rely_on(cli: Cli, bucket: LyingServer) -> None:
+    place = cli.place()
+    cli.run("mount", "s3://models/m", place, "--endpoint-url", bucket.endpoint_url)
+    assert (place / "weights.bin").read_bytes() == DATA
+    os.listdir(place / "sub")
+    found = cli.status()
+    assert found["server"]["pid"] > 1
+    assert found["server"]["version"]
+    assert found["keeper"]["pid"] > 1
+    (volume,) = found["volumes"]
+    assert volume["source"] == "s3://models/m"
+    assert volume["mountpoint"] == str(place)
+    assert volume["mode"] == "read-only"
+    assert (volume["bytes_total"], volume["bytes_local"]) == (TOTAL, len(DATA))
+    assert volume["objects_total"] == 2
+    assert volume["listing_complete"] is True
+    assert isinstance(volume["passthrough"], bool)
+    assert volume["passthrough"] or volume["mode_reasons"]
+    wait_for(lambda: cli.status()["volumes"][0]["objects_sealed"] == 1, "sealed")
+    (tier,) = found["tiers"]
+    assert tier["name"] == "local"
+    assert len(DATA) <= tier["used_bytes"] <= tier["capacity_bytes"]
+    assert found["cache"]["miss_bytes"] == len(DATA)
+    assert found["cache"]["hit_bytes"] == 0
+    human = cli.run("status").stdout
+    assert "s3://models/m" in human
+
+
+def test_metrics_tell_what_status_tells(cli: Cli, bucket: LyingServer) -> None:
+    (port,) = free_ports(1)
+    cli.run(
+        "mount", "s3://models/m", cli.place(), "--endpoint-url", bucket.endpoint_url, "--metrics", f"127.0.0.1:{port}"
+    )
+    assert (cli.place() / "weights.bin").read_bytes() == DATA
+    wait_for(lambda: cli.status()["tiers"][0]["objects_sealed"] == 1, "sealed")
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
+    assert float(lines['cachefs_read_bytes_total{result="miss",tier="store"}']) == len(DATA)
+    assert float(lines["cachefs_store_bytes_total"]) == len(DATA)
+    assert float(lines['cachefs_used_bytes{tier="local"}']) >= len(DATA)
+    assert float(lines['cachefs_store_requests_total{kind="get",result="ok"}']) == bucket.gets() == 2
+
+
+def test_logs_are_shown(cli: Cli, bucket: LyingServer) -> None:
+    cli.run("mount", "s3://models/m", cli.place(), "--endpoint-url", bucket.endpoint_url, "--log-format", "json")
+    assert '"event": "serving 1 volumes"' in cli.run("logs").stdout
+    assert len(cli.json("logs", "-n", "1")["lines"]) == 1
