@@ -163,10 +163,10 @@ def main() -> None:
     parser.add_argument("--uid", type=int, default=0)
     args = parser.parse_args()
     args.socket.unlink(missing_ok=True)
+    if args.uid:
+        # Before listen(): SO_PEERCRED tells who listened.
+        os.setuid(args.uid)
     with Server(str(args.socket), make_handler(Views(args.root, args.state), args.calls)) as server:
-        if args.uid:
-            os.chmod(args.socket, 0o666)
-            os.setuid(args.uid)
         server.serve_forever()
 
 

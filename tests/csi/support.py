@@ -105,15 +105,21 @@ class NodeUnderTest:
         return process
 
     def start_server(self, *extra: str) -> None:
-        """The stand-in."""
+        """The stand-in, until it is ready."""
+        self.start_server_process(*extra)
+        poll(self._server_answers, "the stand-in server answers")
+
+    def start_server_process(self, *extra: str) -> None:
+        """The stand-in, until it listens."""
         arguments = ["-m", "tests.csi.standin", "--socket", str(self.server_socket), "--root", str(self.mount_root)]
         arguments += ["--state", str(self.directory / "keys.json"), "--calls", str(self.calls), *extra]
+        self.server_socket.unlink(missing_ok=True)
         self.server = self._spawn(arguments, self.directory / "server.log")
-        poll(self._server_answers, "the stand-in server answers")
+        poll(self.server_socket.exists, "the stand-in server listens")
 
     def _server_answers(self) -> bool:
         try:
-            return bool(self.ask_server("probe"))
+            return bool(self.ask_server("probe")["ready"])
         except OSError:
             return False
 
@@ -150,7 +156,9 @@ class NodeUnderTest:
         if self.driver.poll() is not None:
             raise AssertionError(f"the driver ended: {self.log.read_text()[-2000:]}")
         try:
-            self.identity().GetPluginInfo(csi_pb2.GetPluginInfoRequest(), timeout=5)
+            # A connection that is closed again: left open, it would come up later and count as a leak.
+            with grpc.insecure_channel(f"unix:{self.endpoint}") as channel:
+                csi_pb2_grpc.IdentityStub(channel).GetPluginInfo(csi_pb2.GetPluginInfoRequest(), timeout=5)
         except grpc.RpcError:
             return False
         return True

@@ -212,7 +212,7 @@ def test_the_nodes_own_credentials_are_for_persistent_volumes_where_the_admin_al
 
 
 def test_secrets_are_not_sent_to_a_process_of_another_uid(bare_node: NodeUnderTest) -> None:
-    bare_node.directory.chmod(0o755)
+    bare_node.directory.chmod(0o777)
     bare_node.start_server("--uid", "12345")
     bare_node.start_driver()
     kubelet = bare_node.kubelet()
