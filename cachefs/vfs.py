@@ -343,8 +343,10 @@ class Vfs:
             data = await self._cache.read(store, object_id, offset, length)
             self._misses.inc()
             return data
-        except ObjectChanged:
+        except (ObjectChanged, NotFound) as exc:
             await self._refresh(node.parent)
+            if isinstance(exc, NotFound):  # ENOENT would say that the name is wrong; the handle is stale
+                raise ObjectChanged(f"{node.path} is gone from its source") from exc
             raise
         finally:
             waiting.release()
