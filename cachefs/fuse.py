@@ -70,11 +70,11 @@ def _answer(handler: Handler[P, T]) -> Handler[P, T]:
         except pyfuse3.FUSEError:
             raise
         except CachefsError as exc:
-            self.vfs.count_error(exc)
+            self.vfs.count_error(exc, of_read=handler.__name__ == "read")
             logger.debug("%s: %s", handler.__name__, exc)
             raise pyfuse3.FUSEError(exc.errno) from None
         except Exception as exc:
-            self.vfs.count_error(exc)
+            self.vfs.count_error(exc, of_read=handler.__name__ == "read")
             logger.exception("unexpected error in %s", handler.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from None
 
@@ -218,7 +218,7 @@ async def serve(
         raise
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_report, vfs, running, task_status)
+            nursery.start_soon(_report, vfs, session.restarted, running, task_status)
             if stop is not None:
                 nursery.start_soon(_stop_when_wanted, stop, nursery.cancel_scope)
             await pyfuse3.main(max_tasks=MAX_TASKS)
@@ -239,9 +239,12 @@ def _take_device(session: Session, device: int, running: trio.Event) -> None:
     running.set()
 
 
-async def _report(vfs: Vfs, running: trio.Event, task_status: trio.TaskStatus[None]) -> None:
+async def _report(vfs: Vfs, restarted: bool, running: trio.Event, task_status: trio.TaskStatus[None]) -> None:
     await running.wait()
-    await vfs.check_passthrough()
+    if restarted:
+        vfs.check_passthrough_later()
+    else:
+        await vfs.check_passthrough()
     task_status.started()
 
 

@@ -25,9 +25,10 @@ from cachefs.link import PassthroughRefused
 SELF_CHECK_INODE = 2**32 - 1
 """Never given out by the tree; only its name is looked up, it is in no listing."""
 
+NOT_CHECKED = "not checked yet"
 SELF_CHECK_DEADLINE_S = 5.0
 SELF_CHECK_BYTES = 128 * 1024
-SWEEP_INTERVAL_S = 5.0
+SWEEP_INTERVAL_S = 2.0
 PIPE_BYTES = 65536
 
 _READER = """
@@ -82,11 +83,11 @@ class Passthrough:
     """`reason` says why files are not read by the kernel itself; "" when they are. For the trio thread."""
 
     def __init__(self, link: Link, cache: SealedBlobs, is_known: Callable[[int], Awaitable[bool]], reason: str) -> None:
-        """`is_known`: has the kernel this inode still? `reason`: why it must not be tried, or ""."""
+        """`is_known`: has the kernel this inode still? `reason`: why it must not even be tried, or ""."""
         self._link = link
         self._cache = cache
         self._is_known = is_known
-        self.reason = reason
+        self.reason = reason or NOT_CHECKED
         self.check_file: SelfCheck | None = None
         self._known: dict[int, _Known] = {}
         for backing in link.backings():
@@ -94,8 +95,14 @@ class Passthrough:
         self._refused_logged = False
 
     def disable(self, reason: str) -> None:
-        """Not tried from now on; the first reason stays."""
-        self.reason = self.reason or reason
+        """Not tried from now on; what was said first stays."""
+        if self.reason == NOT_CHECKED:
+            self.reason = reason
+
+    def believe(self) -> None:
+        """An earlier server of this mount saw it work."""
+        if self.reason == NOT_CHECKED:
+            self.reason = ""
 
     @property
     def enabled(self) -> bool:
@@ -161,7 +168,7 @@ class Passthrough:
 
         Never raises for what the kernel or the file system refuse; needs the FUSE loop to run.
         """
-        if self.reason:
+        if self.reason != NOT_CHECKED:
             return
         data = secrets.token_bytes(SELF_CHECK_BYTES)
         name = f".cachefs-self-check-{secrets.token_hex(8)}"

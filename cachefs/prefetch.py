@@ -1,30 +1,26 @@
-"""Background fills: readahead per handle, and `warm`. It says what would be good to have and never waits for it.
+"""Background fills: readahead per handle. It says what would be good to have and never waits for it.
 
 The cache has the budget (`prefetch_bytes` over everything, a share per source) and says no when it is used up;
 what was refused is offered again. Readers take turns, a chunk each, so that none of them starves another.
 """
 
 import collections
-from collections.abc import Callable
 from typing import Protocol
 
 import trio
 
-from cachefs.chunk import ObjectId, chunk_count, chunk_length
+from cachefs.chunk import ObjectId
 from cachefs.readahead import Readahead
 from cachefs.store import Store
 
 RETRY_S = 0.005
 """A chunk takes 8 ms at 1 GB/s: a freed place in the budget is used before the next one is free."""
 
-WARM_CONCURRENCY = 16
-
 
 class Fills(Protocol):
     """The part of ChunkCache that prefetch uses."""
 
     def offer(self, store: Store, object_id: ObjectId, index: int) -> bool: ...
-    async def ensure(self, store: Store, object_id: ObjectId, index: int) -> None: ...
 
 
 class _Reader:
@@ -87,34 +83,3 @@ class Prefetcher:
             if not reader.queue:
                 del self._turn[handle]
         return taken
-
-    async def warm(
-        self,
-        store: Store,
-        object_id: ObjectId,
-        progress: Callable[[int], None],
-        *,
-        concurrency: int = WARM_CONCURRENCY,
-    ) -> None:
-        """Make every chunk of an object local. `progress` gets the bytes of each chunk as it is there.
-
-        Raises what the first chunk that fails raises (ObjectChanged, AccessDenied, StoreTimeout, ...).
-        """
-        indices = iter(range(chunk_count(object_id.size)))
-        failed: list[Exception] = []
-
-        async def work(scope: trio.CancelScope) -> None:
-            for index in indices:
-                try:
-                    await self._cache.ensure(store, object_id, index)
-                except Exception as exc:
-                    failed.append(exc)
-                    scope.cancel()
-                    return
-                progress(chunk_length(object_id.size, index))
-
-        async with trio.open_nursery() as nursery:
-            for _ in range(concurrency):
-                nursery.start_soon(work, nursery.cancel_scope)
-        if failed:
-            raise failed[0]

@@ -108,10 +108,12 @@ class Vfs:
         reason = unavailable_reason(
             masked="passthrough" in disabled, offered="passthrough" in features(link.session.init, disabled)
         )
-        self._passthrough = Passthrough(link, cache, notifier.is_known, reason)
+        self._passthrough = Passthrough(link, cache, self._is_known, reason)
         self._prefetcher = Prefetcher(cache)
         self._ledger = ledger
         self._metrics = metrics
+        self._hits = metrics.read_requests.labels("hit")
+        self._misses = metrics.read_requests.labels("miss")
         self._files = OpenFiles(ledger, cache)
         self._listings: dict[int, Sequence[tuple[str, Node]]] = {}
         """What an open directory handle reads from: offsets stay valid when the directory is refreshed meanwhile."""
@@ -127,6 +129,8 @@ class Vfs:
         """Take over what an earlier server of this mount had open. The volumes must be in the tree."""
         if not extension_built:
             self._passthrough.disable("the extension module _fuseshim is not built")
+        if self._ledger.passthrough_checked:
+            self._passthrough.believe()
         nodes: dict[int, Node | None] = {}
         for entry in self._ledger.entries():
             try:
@@ -151,14 +155,17 @@ class Vfs:
                 self._nursery = None  # the cache drains after us, and seals objects while it does
 
     async def check_passthrough(self) -> None:
-        """See Passthrough.check(). Once per mount: a restarted server must serve at once."""
+        """See Passthrough.check(). Nothing more is done once it worked in this mount."""
         assert self._nursery is not None
-        if self._ledger.passthrough_checked:
-            return
         directory = self._config.server.state_dir / "blobs"
         await self._passthrough.check(self._config.mountpoint, directory, self._nursery)
         if self._passthrough.enabled:
             self._ledger.note_passthrough_checked()
+
+    def check_passthrough_later(self) -> None:
+        """The same in the background: the readers of a restarted server wait already."""
+        assert self._nursery is not None
+        self._nursery.start_soon(self.check_passthrough)
 
     def passthrough_state(self) -> tuple[bool, list[str]]:
         """Whether sealed files are read by the kernel itself, and if not, why."""
@@ -168,6 +175,18 @@ class Vfs:
         while self._passthrough.has_inherited():
             await trio.sleep(SWEEP_INTERVAL_S)
             await self._passthrough.give_back_idle(lambda inode: self._files.get(inode) is not None)
+
+    async def _is_known(self, inode: int) -> bool:
+        """Whether the kernel has this inode. If so, its name is forgotten: unless it is in use, it is gone next time."""
+        if not await self._notifier.is_known(inode):
+            return False
+        try:
+            node = self._tree.node(inode)
+        except CachefsError:
+            return True
+        if not node.superseded:
+            self._notifier.forget_entry(node.parent, os.fsencode(node.name))
+        return True
 
     # Names
 
@@ -310,7 +329,9 @@ class Vfs:
         store = self._tree.volume(node.view).store
         self._prefetcher.note_read(handle, store, object_id, offset, length)
         if all(self._cache.is_local(object_id, span.index) for span in chunk_spans(object_id.size, offset, length)):
-            return await self._cache.read(store, object_id, offset, length)
+            data = await self._cache.read(store, object_id, offset, length)
+            self._hits.inc()
+            return data
         waiting = self._waiting.get(node.view)
         if waiting is None:
             waiting = self._waiting[node.view] = trio.Semaphore(WAITING_READS_MAX)
@@ -319,9 +340,13 @@ class Vfs:
         except trio.WouldBlock:
             await waiting.acquire()
         try:
-            return await self._cache.read(store, object_id, offset, length)
-        except ObjectChanged:
+            data = await self._cache.read(store, object_id, offset, length)
+            self._misses.inc()
+            return data
+        except (ObjectChanged, NotFound) as exc:
             await self._refresh(node.parent)
+            if isinstance(exc, NotFound):  # ENOENT would say that the name is wrong; the handle is stale
+                raise ObjectChanged(f"{node.path} is gone from its source") from exc
             raise
         finally:
             waiting.release()
@@ -383,9 +408,11 @@ class Vfs:
         self._nursery.start_soon(function, inode)
         return True
 
-    def count_error(self, error: BaseException) -> None:
+    def count_error(self, error: BaseException, *, of_read: bool) -> None:
         """An error that a request is answered with."""
         self._metrics.count_error(error)
+        if of_read:
+            self._metrics.read_requests.labels("error").inc()
 
     def check_invariants(self) -> None:
         self._files.check_invariants()

@@ -118,6 +118,7 @@ class Mounted:
         try:
             wait_for(lambda: not any(map(alive, pids)), "keeper and server end after SIGTERM", 30)
             assert not self.is_mounted()
+            assert "Traceback" not in self.server_log(), self.server_log()
         finally:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):

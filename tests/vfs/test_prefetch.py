@@ -8,7 +8,6 @@ import trio
 import trio.testing
 
 from cachefs.chunk import CHUNK_BYTES, MIB, ObjectId
-from cachefs.errors import StoreTimeout
 from cachefs.prefetch import Prefetcher
 from cachefs.store import Store
 from tests.support.memory_store import MemoryStore
@@ -28,7 +27,6 @@ class Budget:
         self.room = room
         self.started: list[tuple[str, int]] = []
         self.refused: set[str] = set()
-        self.fail_at: int | None = None
 
     def offer(self, store: Store, object_id: ObjectId, index: int) -> bool:
         if (object_id.path, index) in self.started:
@@ -38,12 +36,6 @@ class Budget:
         self.room -= 1
         self.started.append((object_id.path, index))
         return True
-
-    async def ensure(self, store: Store, object_id: ObjectId, index: int) -> None:
-        await trio.lowlevel.checkpoint()
-        if index == self.fail_at:
-            raise StoreTimeout("no answer")
-        self.started.append((object_id.path, index))
 
 
 async def settle(prefetcher: Prefetcher, budget: Budget, count: int) -> None:
@@ -135,30 +127,6 @@ def test_released_handle_is_offered_no_more():
         budget.room = 100
         await settle(prefetcher, budget, 16)
         assert {name for name, _ in budget.started} == {"b"}
-
-    run(test, budget)
-
-
-def test_warm_makes_every_chunk_local_and_tells_its_bytes():
-    budget = Budget(room=0)
-
-    async def test(prefetcher: Prefetcher) -> None:
-        told: list[int] = []
-        await prefetcher.warm(STORE, an_object("a", 40), told.append, concurrency=7)
-        assert sorted(budget.started) == [("a", index) for index in range(40)]
-        assert sum(told) == 40 * CHUNK_BYTES
-
-    run(test, budget)
-
-
-def test_warm_raises_what_the_first_chunk_that_fails_raises():
-    budget = Budget(room=0)
-    budget.fail_at = 20
-
-    async def test(prefetcher: Prefetcher) -> None:
-        with pytest.raises(StoreTimeout):
-            await prefetcher.warm(STORE, an_object("a", 40), lambda count: None, concurrency=4)
-        assert len(budget.started) < 40
 
     run(test, budget)
 

@@ -241,8 +241,10 @@ def test_reason_is_shown_when_files_are_not_read_by_the_kernel(tmp_path, flags, 
     os.close(mount.ledger_fd)
 
 
-def test_self_check_that_cannot_read_its_file_is_a_reason_and_no_error(mount):
+def test_self_check_that_cannot_read_its_file_is_a_reason_and_no_error(tmp_path):
     """There is no kernel mount here, so the reader finds nothing at the mount point."""
+
+    mount = Mount(tmp_path, checked=False)
 
     async def main():
         async with mount.server(MemoryStore({"a": DATA})) as stage:
@@ -255,9 +257,12 @@ def test_self_check_that_cannot_read_its_file_is_a_reason_and_no_error(mount):
             assert not list((mount.state / "blobs").glob(".cachefs*"))
 
     trio.run(main)
+    os.close(mount.ledger_fd)
 
 
-def test_refused_self_check_says_what_the_keeper_said(mount):
+def test_refused_self_check_says_what_the_keeper_said(tmp_path):
+    mount = Mount(tmp_path, checked=False)
+
     async def main():
         async with mount.server(MemoryStore({"a": DATA})) as stage:
             stage.keeper.refuse = "Too many levels of symbolic links"
@@ -265,6 +270,7 @@ def test_refused_self_check_says_what_the_keeper_said(mount):
             assert stage.vfs.passthrough_state() == (False, ["Too many levels of symbolic links"])
 
     trio.run(main)
+    os.close(mount.ledger_fd)
 
 
 def test_many_openers_at_once_share_one_backing_id(mount):
