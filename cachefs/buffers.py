@@ -14,7 +14,10 @@ BUFFERS = 24
 """192 MiB in all: 16 GETs in flight, some being written, and some for readers of other sources."""
 
 OWNER_SHARE = 0.75
-"""Most that one owner takes of what is free or its own: 18 of 24 for a hung source, 4 of 6 for a second one."""
+"""Most that one owner takes of what is free or its own: 17 of 24 for a hung source, 4 more for a second one."""
+
+DISK_SHARE = 1 / 12
+"""Left for chunks that come from the disk, however many sources hang: 2 of 24."""
 
 
 class Buffer:
@@ -65,8 +68,11 @@ class BufferPool:
 
     def _allows(self, owner: str | None) -> bool:
         available = self.available
-        if owner is None or available == 0:
+        if owner is None:
             return available > 0
+        available -= int(self.count * DISK_SHARE)
+        if available <= 0:
+            return False
         mine = self._taken[owner]
         # At least one each, so that a tiny pool still works.
         return mine == 0 or mine < OWNER_SHARE * (available + mine)

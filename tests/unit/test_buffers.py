@@ -1,0 +1,136 @@
+"""The buffer pool: fixed, shared fairly, demand first."""
+
+import pytest
+import trio
+import trio.testing
+
+from cachefs.buffers import Buffer, BufferPool
+
+BYTES = 4096
+
+
+def test_buffers_are_page_aligned_reused_and_never_more_than_the_count() -> None:
+    pool = BufferPool(BYTES, 3)
+    taken = [pool.take_nowait(None) for _ in range(4)]
+    assert taken[3] is None
+    first = taken[0]
+    assert first is not None
+    assert len(first.view) == BYTES
+    pool.give_back(first)
+    assert pool.take_nowait(None) is first
+    pool.check_invariants()
+
+
+def test_the_longest_held_buffer_is_reclaimed_and_a_touched_one_stays() -> None:
+    pool = BufferPool(BYTES, 2)
+    gone: list[str] = []
+    one, two = pool.take_nowait(None), pool.take_nowait(None)
+    assert one is not None
+    assert two is not None
+    pool.hold(one, lambda: gone.append("one"))
+    pool.hold(two, lambda: gone.append("two"))
+    pool.touch(one)
+    assert pool.available == 2
+    assert pool.take_nowait(None) is two
+    assert gone == ["two"]
+    pool.give_back(one)
+    assert pool.take_nowait(None) is one
+    assert gone == ["two"]
+    pool.check_invariants()
+
+
+def test_one_owner_never_takes_all() -> None:
+    pool = BufferPool(BYTES, 24)
+    counts = [0, 0, 0]
+    for owner in range(3):
+        while pool.take_nowait(str(owner)) is not None:
+            counts[owner] += 1
+    assert counts[0] == 17
+    assert min(counts) >= 1
+    assert pool.take_nowait(None) is not None
+    pool.check_invariants()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_tiny_pool_still_serves_every_owner(count: int) -> None:
+    pool = BufferPool(BYTES, count)
+    for owner in "ab":
+        buffer = pool.take_nowait(owner)
+        assert buffer is not None
+        pool.give_back(buffer)
+
+
+def test_waiters_are_served_by_priority_then_in_order_and_owners_at_their_share_are_passed() -> None:
+    async def scenario() -> None:
+        pool = BufferPool(BYTES, 4)
+        order: list[str] = []
+        got: dict[str, Buffer] = {}
+
+        async def take(name: str, owner: str | None, priority: int) -> None:
+            got[name] = await pool.take(owner, priority)
+            order.append(name)
+
+        first, *_ = [pool.take_nowait("hung") for _ in range(3)]
+        second = pool.take_nowait(None)
+        assert first is not None
+        assert second is not None
+        async with trio.open_nursery() as nursery:
+            for name, owner, priority in (
+                ("background", "b", 2),
+                ("hung", "hung", 1),
+                ("demand", "d", 1),
+                ("load", None, 0),
+            ):
+                nursery.start_soon(take, name, owner, priority)
+                await trio.testing.wait_all_tasks_blocked()
+            assert pool.contended
+            pool.give_back(second)
+            await trio.testing.wait_all_tasks_blocked()
+            assert order == ["load"]
+            pool.give_back(got["load"])
+            await trio.testing.wait_all_tasks_blocked()
+            assert order == ["load", "demand"]
+            pool.check_invariants()
+            pool.give_back(got["demand"])
+            await trio.testing.wait_all_tasks_blocked()
+            assert order == ["load", "demand", "background"]
+            pool.give_back(first)
+        assert order[-1] == "hung"
+        pool.check_invariants()
+
+    trio.run(scenario)
+
+
+def test_a_cancelled_waiter_takes_no_buffer_with_it() -> None:
+    async def scenario() -> None:
+        pool = BufferPool(BYTES, 1)
+        buffer = pool.take_nowait(None)
+        assert buffer is not None
+        with trio.CancelScope() as before:
+            before.cancel()
+            await pool.take(None, 1)
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as scope:
+
+                async def give_and_cancel() -> None:
+                    await trio.testing.wait_all_tasks_blocked()
+                    pool.give_back(buffer)
+                    scope.cancel()
+
+                nursery.start_soon(give_and_cancel)
+                await pool.take(None, 1)
+        assert pool.available == 1 or not scope.cancelled_caught
+        pool.check_invariants()
+
+    trio.run(scenario)
+
+
+def test_a_discarded_buffer_is_replaced_by_another() -> None:
+    pool = BufferPool(BYTES, 1)
+    buffer = pool.take_nowait("a")
+    assert buffer is not None
+    pool.discard(buffer)
+    other = pool.take_nowait("a")
+    assert other is not None
+    assert other is not buffer
+    pool.check_invariants()
