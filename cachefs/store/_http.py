@@ -53,14 +53,8 @@ class S3Client:
         self._closed = False
         self._service = service
         self._endpoint = urlsplit(service.endpoint)
-        self._tls = self._tls_context() if self._endpoint.scheme == "https" else None
+        self._tls = ssl.create_default_context(cafile=service.ca_file) if self._endpoint.scheme == "https" else None
         self._proxy = self._find_proxy()
-
-    def _tls_context(self) -> ssl.SSLContext:
-        try:
-            return ssl.create_default_context(cafile=self._service.ca_file)
-        except OSError as error:
-            raise UsageError(f"the certificates in {self._service.ca_file} cannot be read: {error}") from error
 
     def _find_proxy(self) -> str | None:
         host = self._endpoint.hostname or ""

@@ -47,13 +47,14 @@ def _open_s3(volume: VolumeConfig, get_timeout_s: float, list_timeout_s: float, 
     plain = aws.keys_in_environment(volume.profile, environ)
     session = None if plain or volume.anonymous else aws.open_session(volume.profile, environ)
     region = aws.resolve_region(volume.region, session, environ)
+    endpoint = location.endpoint or aws_endpoint(region)
     service = Service(
         location=location,
-        endpoint=location.endpoint or aws_endpoint(region),
+        endpoint=endpoint,
         region=region,
         credentials=None if volume.anonymous else aws.credential_source(session, environ),
         static_credentials=plain,
-        ca_file=environ.get("AWS_CA_BUNDLE") or environ.get("SSL_CERT_FILE") or None,
+        ca_file=_ca_file(environ) if endpoint.startswith("https://") else None,
     )
     if volume.store == "fsspec":
         from cachefs.store.fsspec import S3fsStore
@@ -62,3 +63,18 @@ def _open_s3(volume: VolumeConfig, get_timeout_s: float, list_timeout_s: float, 
     from cachefs.store.obstore import ObstoreStore
 
     return ObstoreStore(service, get_timeout_s=get_timeout_s, list_timeout_s=list_timeout_s)
+
+
+def _ca_file(environ: Mapping[str, str]) -> str | None:
+    """The file of certificates that the environment names, AWS's variable first; UsageError when it has none."""
+    import ssl
+
+    for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE"):
+        path = environ.get(name)
+        if path:
+            try:
+                ssl.create_default_context(cafile=path)
+            except OSError as error:
+                raise UsageError(f"{name} is {path}, which has no certificates that can be read: {error}") from error
+            return path
+    return None

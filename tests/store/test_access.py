@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cachefs.errors import AccessDenied, CachefsError, StoreUnavailable, UsageError
+from cachefs.store import ObjectInfo
 from tests.store.conftest import TREE, TREE_BUCKET, fetch, listing, open_with, walk
 from tests.support.lying import LyingServer
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY, HadroServer
@@ -69,6 +70,19 @@ def test_anonymous_access_needs_no_keys_and_sends_none(
     assert [fetch(store, info) for info in walk(store)] == [b"for all"]
     denied.close()
     store.close()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("anonymous", [True, False])
+def test_every_request_is_signed_or_none(origin: LyingServer, library: str, anonymous: bool) -> None:
+    for key in ("plain", "odd//key"):
+        version = origin.put("bucket", key, b"data")
+        store = open_with("s3://bucket", endpoint_url=origin.endpoint_url, store=library, anonymous=anonymous)
+        store.probe()
+        assert fetch(store, ObjectInfo(key, 4, version, 0.0)) == b"data"
+        store.close()
+    assert {request.signed for request in origin.requests} == {not anonymous}
+    assert all(request.if_match for request in origin.requests if request.key)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

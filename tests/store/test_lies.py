@@ -21,7 +21,7 @@ from tests.store.conftest import fetch, listing, open_with, walk
 from tests.support.lying import OTHER_REGION, Lie, LyingServer
 
 DATA = bytes(range(256)) * 12_000
-TIMEOUT_S = 1.5
+TIMEOUT_S = 1.0
 PATIENCE_S = 30.0
 """Far more than TIMEOUT_S: how long a machine that is busy may take over what should take TIMEOUT_S."""
 
@@ -103,7 +103,9 @@ def test_a_lying_get_is_caught(
     store: Store, origin: LyingServer, info: ObjectInfo, lie: Lie, error: type[Exception]
 ) -> None:
     origin.lie(lie)
-    for start, stop in ((0, len(DATA)), (1000, 2_000_000), (len(DATA) - 5, len(DATA))):
+    ranges = ((0, len(DATA)), (1000, 2_000_000), (len(DATA) - 5, len(DATA)))
+    # What passes is tried again with pauses: once is enough.
+    for start, stop in ranges[: 1 if error is StoreUnavailable else 3]:
         with pytest.raises(error):
             fetch_recorded(store, info, start, stop)
     origin.tell_the_truth()
@@ -135,12 +137,10 @@ def test_a_failure_that_passes_is_not_noticed(origin: LyingServer, opener: Opene
 @pytest.mark.parametrize(
     ("lie", "skip", "error"),
     [
-        ("cut", 0, StoreUnavailable),
         ("cut", 1, StoreUnavailable),
         ("503", 1, StoreUnavailable),
         ("hang", 1, StoreUnavailable),
         ("garbage", 0, StoreUnavailable),
-        ("garbage", 2, StoreUnavailable),
         ("truncated", 0, IntegrityError),
         ("same page", 0, IntegrityError),
         ("403", 1, AccessDenied),
@@ -231,7 +231,7 @@ def test_a_server_that_comes_back_is_used_again(
     assert fetch(store, info) == DATA
     origin.stop()
     with pytest.raises(StoreUnavailable):
-        fetch(store, info)
+        fetch(hasty, info)
     with pytest.raises(StoreUnavailable):
         listing(hasty)
     origin.start()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +85,19 @@ def test_url_and_identity(library: str, source: str, url: str) -> None:
     aws = open_with(source, store=library)
     assert (aws.url, aws.identity) == (url, "s3://bucket")
     aws.close()
+
+
+@pytest.mark.parametrize("library", ["obstore", "fsspec"])
+@pytest.mark.parametrize("content", [None, "", "no certificate"])
+def test_a_file_of_certificates_that_is_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, content: str | None
+) -> None:
+    path = tmp_path / "ca.pem"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(path))
+    with pytest.raises(UsageError, match="AWS_CA_BUNDLE"):
+        open_with("s3://bucket", endpoint_url="https://127.0.0.1:9", store=library)
 
 
 def test_a_region_is_found_without_asking_anyone(monkeypatch: pytest.MonkeyPatch) -> None:

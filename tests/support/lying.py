@@ -50,6 +50,7 @@ class Request(NamedTuple):
     prefix: str
     range: str
     if_match: str
+    signed: bool
     target: str
 
 
@@ -290,7 +291,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         bucket, _, key = parts.path[1:].partition("/")
         bucket, key = unquote(bucket), unquote(key)
         prefix = query.get("prefix", "")
-        asked = self.headers.get("range", ""), self.headers.get("if-match", "")
+        asked = self.headers.get("range", ""), self.headers.get("if-match", ""), "authorization" in self.headers
         self.origin.note(Request(self.command, bucket, key, prefix, *asked, self.path))
         if self.origin.latency_s:
             time.sleep(self.origin.latency_s)
