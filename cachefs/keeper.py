@@ -84,6 +84,7 @@ class Keeper:
         server.ready = self._session.server_ready
         self._server = server
         self._starts = 1
+        server.send(Message("adopted"))
 
     def run(self) -> int:
         """Until the mount and the server have ended."""
@@ -461,9 +462,9 @@ def take_over(link_fd: int) -> int:
         sock = socket.socket(fileno=link[0])
     session.keeper_pid = os.getpid()
     session.python = session.python or sys.executable
+    lock_fd = hold_lock(session.config, LOCK_TIMEOUT_S)
     keeper = Keeper(session, -1)
     keeper.adopt(Server(sock, pidfd, session.server_pid, peer_credentials(sock)[1]))
-    lock_fd = hold_lock(session.config, LOCK_TIMEOUT_S)
     log(f"took over server {session.server_pid} with {len(session.backings)} backing files")
     status = keeper.run()
     os.close(lock_fd)

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from cachefs.errors import CachefsError, UsageError
+from cachefs.kernel.session import receive_descriptors
 
 FSTYPE = "fuse.cachefs"
 MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
@@ -127,7 +128,7 @@ def mount_by_fusermount(mountpoint: Path, *, allow_other: bool) -> int:
         if done.returncode:
             raise UsageError(f"cannot mount at {mountpoint}: {_one_line(done.stderr)}")
         theirs.close()
-        _, descriptors, _, _ = socket.recv_fds(ours, 16, 1, socket.MSG_CMSG_CLOEXEC)
+        _, descriptors, _ = receive_descriptors(ours, 16)
     if not descriptors:
         raise UsageError(f"cannot mount at {mountpoint}: fusermount3 sent no descriptor")
     os.set_blocking(descriptors[0], False)
@@ -204,9 +205,11 @@ def recover_dead_mount(mountpoint: Path | str, *, unsupervised: bool = False) ->
     if state == "alive" or (state == "hangs" and not unsupervised):
         return []
     as_root = os.geteuid() == 0
+    found = [one.mountpoint for one in read_mounts() if one.major_minor == mount.major_minor]
     if state == "hangs" and not abort(mount.major_minor, mountpoint, as_root=as_root):
         return []
-    return unmount_device(mount.major_minor, as_root=as_root)
+    unmount_device(mount.major_minor, as_root=as_root)
+    return found  # a forced umount has already taken one of them
 
 
 def probe(mountpoint: Path | str) -> str:

@@ -138,8 +138,26 @@ def test_fifty_restarts_leak_nothing_in_a_small_keeper(tiny: TinyMount) -> None:
     assert len(children) == 1
 
 
+def test_server_has_its_link_and_the_handed_descriptors_only(tiny: TinyMount) -> None:
+    """Nothing of the keeper, or of whoever started it, is inherited; and nothing can be inherited from the server."""
+    leaked = os.open("/dev/zero", os.O_RDONLY)
+    os.set_inheritable(leaked, True)
+    try:
+        tiny.start()
+    finally:
+        os.close(leaked)
+    for pid in (tiny.facts()["pid"], tiny.keeper_pid()):
+        directory = Path(f"/proc/{pid}")
+        targets = {fd: os.readlink(directory / "fd" / fd) for fd in os.listdir(directory / "fd")}
+        assert "/dev/zero" not in targets.values()
+        for fd, target in targets.items():
+            if int(fd) > 2 and ("fuse" in target or "memfd" in target or "socket" in target):
+                flags = int((directory / "fdinfo" / fd).read_text().split("flags:")[1].split()[0], 8)
+                assert flags & os.O_CLOEXEC, target
+
+
 def test_server_that_cannot_start_again_is_tried_until_the_keeper_gives_up(tmp_path: Path) -> None:
-    with TinyMount(tmp_path, keeper_give_up_s=2.0) as tiny:
+    with TinyMount(tmp_path, keeper_give_up_s=5.0) as tiny:
         put(tiny, size=MIB)
         tiny.switch("hang")
         tiny.start()
@@ -156,7 +174,7 @@ def test_server_that_cannot_start_again_is_tried_until_the_keeper_gives_up(tmp_p
 
 def test_request_that_ends_every_server_ends_the_mount_at_last(tmp_path: Path) -> None:
     """It comes again and again; servers that become ready in between do not reset the clock."""
-    with TinyMount(tmp_path, keeper_give_up_s=3.0) as tiny:
+    with TinyMount(tmp_path, keeper_give_up_s=5.0) as tiny:
         put(tiny, size=MIB)
         tiny.switch("die_at_read")
         tiny.start()

@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import stat
 import sys
 from pathlib import Path
@@ -122,6 +123,8 @@ class TinyFS(pyfuse3.Operations):
 def hostile_descriptor(kind: str, state: Path) -> int:
     """What a server might send that it must not get read for it."""
     own = state / "own"
+    if kind == "same":
+        return os.open(own, os.O_RDONLY)
     own.unlink(missing_ok=True)
     own.write_bytes(b"mine")
     if kind == "path":
@@ -147,7 +150,7 @@ def hostile_descriptor(kind: str, state: Path) -> int:
     return os.open(own, os.O_RDONLY)
 
 
-async def obey(link: KeeperLink, notifier: Notifier, command: list) -> object:
+async def obey(link: KeeperLink, notifier: Notifier, fs: TinyFS, command: list) -> object:
     state = link.session.config.server.state_dir
     match command:
         case ["hostile", kind]:
@@ -173,6 +176,18 @@ async def obey(link: KeeperLink, notifier: Notifier, command: list) -> object:
             notifier.forget_inode(node)
         case ["is_known", node]:
             return await notifier.is_known(node)
+        case ["nonsense"]:
+            sock = link._sock
+            assert sock is not None
+            for data in (b"{", b"[]", b'{"kind": "rule"}', b'{"kind": "stop"}', b'{"kind": "volumes"}', b"\xff" * 9000):
+                socket.send_fds(sock, [data], [0] * 5)
+            socket.send_fds(sock, [b'{"kind": "volumes"}'], [os.memfd_create("x")])
+            socket.send_fds(sock, [b'{"kind": "register", "node": -1}'], [0])
+            socket.send_fds(sock, [b'{"kind": "close", "backing_id": 12345}'], [0] * 20)
+        case ["lookups"]:
+            return fs.lookups
+        case ["reads"]:
+            return fs.reads
         case ["ping"]:
             return "pong"
         case _:
@@ -189,7 +204,7 @@ async def take_commands(link: KeeperLink, notifier: Notifier, fs: TinyFS) -> Non
         except FileNotFoundError:
             continue
         (state / "command").unlink()
-        write(state / "answer", {"answer": await obey(link, notifier, command)})
+        write(state / "answer", {"answer": await obey(link, notifier, fs, command)})
 
 
 def write(path: Path, value: object) -> None:
