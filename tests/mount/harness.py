@@ -59,7 +59,12 @@ class Mounted:
         self.volumes = tuple(volumes)
         self.as_root = as_root
         self.mountpoint = self.runtime_dir / "root" if as_root else directory / "mnt"
-        self.options: dict[str, Any] = {"cache_bytes_max": 4096 * MIB, "allow_other": as_root, "bind_timeout_s": 3600.0, **server}
+        self.options: dict[str, Any] = {
+            "cache_bytes_max": 4096 * MIB,
+            "allow_other": as_root,
+            "bind_timeout_s": 3600.0,
+            **server,
+        }
         self.keeper_pid = 0
         self.first_server_pid = 0
 

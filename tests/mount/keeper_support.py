@@ -87,7 +87,7 @@ class TinyMount:
         if not self.config.as_root:
             self.mountpoint.mkdir(exist_ok=True)
         old = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = str(REPOSITORY)
+        os.environ["PYTHONPATH"] = ":".join([str(REPOSITORY), *([old] if old else [])])
         try:
             started = start_keeper(
                 self.config, server_module="tests.mount.tiny_server", foreground=foreground, timeout_s=timeout_s
@@ -193,6 +193,15 @@ class TinyMount:
             os.kill(pid, signal.SIGKILL)
         if self.is_mounted() and self.device:
             unmount_device(self.device, as_root=os.geteuid() == 0)
+
+
+def kill_both(tiny: TinyMount) -> None:
+    """SIGKILL keeper and server, so that neither can start the other again."""
+    keeper, server = tiny.keeper_pid(), tiny.facts()["pid"]
+    os.kill(server, signal.SIGSTOP)  # or it would start a new keeper
+    os.kill(keeper, signal.SIGKILL)
+    os.kill(server, signal.SIGKILL)
+    wait_until(lambda: not is_alive(keeper) and not is_alive(server), "two deaths")
 
 
 needs_root_mount = pytest.mark.skipif(

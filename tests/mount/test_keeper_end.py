@@ -10,7 +10,7 @@ import pytest
 
 from cachefs.errors import StateBusy, UsageError, WorkFailed
 from cachefs.kernel.mounts import find_mount, probe, recover_dead_mount, unmount
-from tests.mount.keeper_support import DEADLINE_S, TinyMount, is_alive, needs_root_mount, wait_until
+from tests.mount.keeper_support import DEADLINE_S, TinyMount, is_alive, kill_both, needs_root_mount, wait_until
 
 pytestmark = needs_root_mount
 
@@ -139,14 +139,6 @@ def test_mount_point_that_is_a_file_or_not_empty_is_one_clear_line(tiny: TinyMou
         tiny.start()
 
 
-def kill_both(tiny: TinyMount) -> None:
-    keeper, server = tiny.keeper_pid(), tiny.facts()["pid"]
-    os.kill(server, signal.SIGSTOP)  # or it would start a new keeper
-    os.kill(keeper, signal.SIGKILL)
-    os.kill(server, signal.SIGKILL)
-    wait_until(lambda: not is_alive(keeper) and not is_alive(server), "two deaths")
-
-
 def test_next_start_clears_what_the_death_of_both_left(tiny: TinyMount) -> None:
     tiny.start()
     bound = tiny.directory / "bound"
@@ -172,8 +164,8 @@ def test_mount_that_hangs_is_cleared_only_when_nobody_supervises_it(tiny: TinyMo
     for pid in (keeper, server):
         os.kill(pid, signal.SIGSTOP)
     try:
-        assert recover_dead_mount(tiny.mountpoint) == []
-        assert recover_dead_mount(tiny.mountpoint, unsupervised=True) == [str(tiny.mountpoint)]
+        assert recover_dead_mount(tiny.mountpoint, probe_timeout_s=1.0) == []
+        assert recover_dead_mount(tiny.mountpoint, unsupervised=True, probe_timeout_s=1.0) == [str(tiny.mountpoint)]
         assert not tiny.is_mounted()
     finally:
         for pid in (keeper, server):
