@@ -51,3 +51,5 @@ clean:
 	rm -rf .venv .setup build dist *.egg-info bench-data .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	rm -f cachefs/_fuseshim*.so
 	find cachefs tests benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +
+
+-include csi.mk
