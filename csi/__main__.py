@@ -102,12 +102,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         driver = Driver(config)
+        # Before it listens: whoever sees the socket may already send a signal.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: driver.stop())
         driver.start()
     except CachefsError as exc:
         print(f"cachefs csi: {exc}", file=sys.stderr)
         return exc.exit_code
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: driver.stop())
     return driver.wait()
 
 

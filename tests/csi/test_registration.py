@@ -113,3 +113,11 @@ def test_cachefs_csi_runs_the_driver_without_loading_grpc_itself() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--kubelet-dir" in done.stdout
+
+
+def test_cachefs_csi_hands_its_flags_on(bare_node: NodeUnderTest) -> None:
+    node = bare_node
+    node.start_driver("--json", program=("-m", "cachefs.cli", "csi"))
+    assert (node.state_dir / "publications").is_dir()
+    assert '"level": "info"' in node.log.read_text()
+    assert node.stop_driver() == 0
