@@ -25,7 +25,8 @@ def csi(arguments: tuple[str, ...], state_dir: str | None, as_json: bool) -> Non
     if {"-h", "--help"} & set(arguments):
         click.echo(subprocess.run(command, capture_output=True, text=True, check=False).stdout, nl=False)
         return
-    if find_spec("csi") is None or find_spec("grpc") is None or find_spec("google.protobuf") is None:
+    # One by one: find_spec of a dotted name raises when its first part is not there.
+    if not all(find_spec(name) for name in ("csi", "grpc", "google", "google.protobuf")):
         raise UsageError("the CSI driver needs grpcio and protobuf: install cachefs-fuse[csi]")
     command += [f"--state-dir={state_dir}"] if state_dir is not None else []
     command += ["--log-format=json"] if as_json else []

