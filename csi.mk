@@ -13,3 +13,9 @@ test-csi: setup-csi
 # k8s.io/kubelet v0.37.2 (pkg/apis/pluginregistration/v1). UPDATE=1 takes both protos anew from these modules.
 csi-stubs: setup
 	@scripts/csi-stubs.sh
+
+# The image's root file system by Debian tools, run under runc (needs root; a few minutes).
+.PHONY: test-image
+test-image: setup
+	@scripts/image-rootfs.sh .setup/image
+	@CACHEFS_IMAGE_ROOTFS=$(CURDIR)/.setup/image scripts/test.sh tests/manifests/test_image.py
