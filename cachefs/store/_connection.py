@@ -4,12 +4,15 @@ import http.client
 import socket
 import ssl
 import struct
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_SECONDS = (0.3, 1.0, 10.0)
+"""How long each attempt to connect may take. A SYN that is lost is sent again after 1 s by the kernel; when many
+connections start at once some are lost (a full accept queue), and a reader waits for just that chunk."""
 WHOLE_BYTES_MIN = 64 * 1024
 """Receives of this size wait for all of their bytes; smaller ones (answer headers) take what is there."""
 
@@ -50,7 +53,21 @@ class _PlainConnection(http.client.HTTPConnection):
 
 def connect(host: str, proxy: str | None, tls: ssl.SSLContext | None, timeout_s: float) -> http.client.HTTPConnection:
     """An open connection to `host` (with its port), by a proxy if there is one. Raises OSError."""
-    connect_s = min(timeout_s, CONNECT_TIMEOUT_S)
+    end_s = time.monotonic() + timeout_s
+    for attempt_s in CONNECT_SECONDS:
+        left_s = max(end_s - time.monotonic(), 0.001)
+        try:
+            fresh = _connect(host, proxy, tls, min(left_s, attempt_s))
+        except TimeoutError:
+            if left_s <= attempt_s or attempt_s == CONNECT_SECONDS[-1]:
+                raise
+        else:
+            set_timeout(fresh.sock, timeout_s)
+            return fresh
+    raise AssertionError("unreachable")
+
+
+def _connect(host: str, proxy: str | None, tls: ssl.SSLContext | None, connect_s: float) -> http.client.HTTPConnection:
     fresh: http.client.HTTPConnection
     if tls is not None:
         fresh = http.client.HTTPSConnection(proxy or host, timeout=connect_s, context=tls)
@@ -60,7 +77,6 @@ def connect(host: str, proxy: str | None, tls: ssl.SSLContext | None, timeout_s:
         fresh = _PlainConnection(proxy or host, timeout=connect_s)
     try:
         fresh.connect()
-        set_timeout(fresh.sock, timeout_s)
     except BaseException:
         fresh.close()
         raise
