@@ -76,6 +76,27 @@ def test_fifty_readers_of_a_cold_object_cause_one_get_per_chunk(tmp_path: Path) 
     run(scenario)
 
 
+def test_many_readers_of_a_chunk_that_cannot_be_kept_cause_one_get(tmp_path: Path) -> None:
+    data = content(CHUNK)
+    store = MemoryStore({"a": data})
+    object_id = store.id_of("a")
+
+    async def scenario() -> None:
+        async with opened_cache(tmp_path, cache_bytes_max=0, buffers=1) as cache, trio.open_nursery() as nursery:
+
+            async def reader(offset: int) -> None:
+                assert bytes(await cache.read(store, object_id, offset, 1024)) == data[offset : offset + 1024]
+
+            with store.gets.held():
+                for offset in range(CHUNK - 1024, -1, -1024):  # the end of the chunk first
+                    nursery.start_soon(reader, offset)
+                await until(lambda: store.gets.waiting == 1)
+                await trio.testing.wait_all_tasks_blocked()
+        assert store.get_count == 1
+
+    run(scenario)
+
+
 def test_cancelled_reader_does_not_cancel_the_shared_fill(tmp_path: Path) -> None:
     data = content(CHUNK)
     store = MemoryStore({"a": data})
