@@ -4,6 +4,7 @@ It always resumes: the keeper hands it a session, and the first start differs on
 It ends in this order: FUSE, prefetch, fills in flight, index.
 """
 
+import faulthandler
 import functools
 import logging
 import os
@@ -36,6 +37,8 @@ def main(arguments: list[str]) -> int:
     link = KeeperLink.receive(int(arguments[0]))
     server = link.session.config.server
     logs.set_up(server.state_dir, server.log_level, server.log_format)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)  # where a server that hangs hangs
     log.info("server %d of this mount starts (keeper %d)", link.session.generation, link.session.keeper_pid)
     try:
         with state_lock(server.state_dir, wait_s=LOCK_WAIT_S if link.session.generation else 0.0):
