@@ -165,6 +165,7 @@ class Fills:
                 # The bytes come from the source, on whose account the buffer goes.
                 self.pool.charge(fill.buffer, fill.object_id.source)
                 await self._fetch(fill)
+                self._release_budget(fill)
                 fill.full()
                 await self._keep(fill, cached)
             fill.finish()
@@ -178,11 +179,16 @@ class Fills:
         finally:
             if fill.phase is not Phase.KEPT and fill.error is None:
                 fill.fail(WorkFailed("the cache is shutting down"))  # cancelled
-            self._background_bytes -= fill.background_bytes
+            self._release_budget(fill)
             self.running -= 1
             if not self.running:
                 self._idle.set()
             self.settle(fill, cached)
+
+    def _release_budget(self, fill: Fill) -> None:
+        """Its bytes are here, so that the link is free for the next one; the pool bounds what is being written."""
+        self._background_bytes -= fill.background_bytes
+        fill.background_bytes = 0
 
     def settle(self, fill: Fill, cached: CachedObject) -> None:
         """After the end of the fill and after each reader: give the buffer back, or hold it for later readers."""
