@@ -159,16 +159,16 @@ class ChunkCache:
                     return data
                 continue
             if fill is None:
-                fill = self._fills.start(store, cached, span.index, Want.DEMAND)
-            if fill.has(span.stop):
+                fill = self._fills.start(store, cached, span.index, Want.DEMAND, first=span.start)
+            if fill.has(span):
                 data = self._take(fill, span)
                 self._fills.settle(fill, cached)
                 return data
             fill.readers += 1
             try:
                 with patience.limit():
-                    await fill.wait(span.stop)
-                if fill.has(span.stop):
+                    await fill.wait(span)
+                if fill.has(span):
                     return self._take(fill, span)
             finally:
                 fill.readers -= 1
