@@ -112,9 +112,9 @@ class ChunkCache:
             await trio.sleep(TOUCH_SECONDS)
             await self._committer.persist_access_times()
 
-    async def drain(self) -> None:
-        """At shutdown, before run() is cancelled: let fills in flight end (5 s at most), commit, note a clean end."""
-        with trio.move_on_after(DRAIN_SECONDS):
+    async def drain(self, fills_s: float = DRAIN_SECONDS) -> None:
+        """At shutdown, before run() is cancelled: let fills in flight end (`fills_s` at most), commit, note a clean end."""
+        with trio.move_on_after(fills_s):
             await self._fills.drained()
         with trio.move_on_after(DRAIN_SECONDS):
             await self._committer.flush()

@@ -29,6 +29,9 @@ from cachefs.vfs import Vfs
 LOCK_WAIT_S = 10.0
 """A server that was killed may take so long to let go of the state directory (its threads finish a write)."""
 
+HAND_OVER_DRAIN_S = 0.2
+"""Readers wait during a hand-over: fills that a slow store would hold up are given up, the next server starts them."""
+
 log = logging.getLogger("cachefs.daemon")  # __name__ is "__main__" here
 
 
@@ -76,9 +79,15 @@ async def _run(link: KeeperLink) -> None:
 async def _serve(link: KeeperLink, core: Core, tree: Tree, notifier: Notifier, vfs: Vfs, server: Server) -> None:
     config = link.session.config
     stop = trio.Event()
+
+    def told_to_stop() -> None:
+        if link.stop_kind == "hand_over":
+            core.drain_s = HAND_OVER_DRAIN_S
+        stop.set()
+
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_signals, link.request_unmount)
-        nursery.start_soon(link.run, stop.set)
+        nursery.start_soon(link.run, told_to_stop)
         await nursery.start(tree.run)
         nursery.start_soon(notifier.run)
         await server.add_first_volumes()
