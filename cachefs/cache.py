@@ -113,7 +113,7 @@ class ChunkCache:
             await self._committer.persist_access_times()
 
     async def drain(self, fills_s: float = DRAIN_SECONDS) -> None:
-        """At shutdown, before run() is cancelled: let fills in flight end (`fills_s` at most), commit, note a clean end."""
+        """At shutdown, before run() is cancelled: fills in flight end (`fills_s` at most), commit, note a clean end."""
         with trio.move_on_after(fills_s):
             await self._fills.drained()
         with trio.move_on_after(DRAIN_SECONDS):
