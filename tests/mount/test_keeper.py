@@ -115,7 +115,8 @@ def test_read_ahead_is_raised_unless_it_is_masked(tmp_path: Path) -> None:
         assert read_ahead_kib(tiny.start()) != 1024
 
 
-def test_fifty_restarts_leak_nothing_in_a_small_keeper(tiny: TinyMount) -> None:
+@pytest.mark.parametrize("restarts", [20, pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(1200)])])
+def test_restarts_leak_nothing_in_a_small_keeper(tiny: TinyMount, restarts: int) -> None:
     def descriptors() -> list[str]:
         directory = Path(f"/proc/{tiny.keeper_pid()}/fd")
         return sorted(os.readlink(directory / fd).partition(":[")[0] for fd in os.listdir(directory))
@@ -126,11 +127,11 @@ def test_fifty_restarts_leak_nothing_in_a_small_keeper(tiny: TinyMount) -> None:
     finish(start_reader(tiny))
     tiny.kill_server()
     before = descriptors()
-    for _ in range(50):
+    for _ in range(restarts):
         tiny.kill_server()
     assert descriptors() == before
     assert len(tiny.facts()["backings"]) == 1
-    assert tiny.facts()["generation"] == 51
+    assert tiny.facts()["generation"] == restarts + 1
     status = Path(f"/proc/{tiny.keeper_pid()}/status").read_text()
     resident_kib = int(status.partition("VmRSS:")[2].split()[0])
     assert resident_kib < 25 * 1024
