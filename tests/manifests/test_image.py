@@ -66,10 +66,11 @@ def test_command_line_works_in_the_image(rootfs: Path, tmp_path: Path) -> None:
 def test_controller_serves_in_the_image(rootfs: Path, tmp_path: Path) -> None:
     script = """
         cachefs csi --mode=controller --endpoint=unix:///tmp/csi.sock --log-format=json &
+        driver=$!
         n=0
         until cachefs csi --check=ready --endpoint=unix:///tmp/csi.sock; do n=$((n+1)); [ $n -lt 40 ]; sleep 0.25; done
-        kill %1
-        wait %1
+        kill $driver
+        wait $driver
         echo served
     """
     done = run(rootfs, tmp_path, script)
