@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import trio
@@ -104,6 +105,7 @@ class Vfs:
         self._cache = cache
         self._notifier = notifier
         self._config = link.session.config
+        self._root_path = Path(link.session.root_path or self._config.mountpoint)
         disabled = self._config.server.kernel_disable
         reason = unavailable_reason(
             masked="passthrough" in disabled, offered="passthrough" in features(link.session.init, disabled)
@@ -158,7 +160,7 @@ class Vfs:
         """See Passthrough.check(). Nothing more is done once it worked in this mount."""
         assert self._nursery is not None
         directory = self._config.server.state_dir / "blobs"
-        await self._passthrough.check(self._config.mountpoint, directory, self._nursery)
+        await self._passthrough.check(self._root_path, directory, self._nursery)
         if self._passthrough.enabled:
             self._ledger.note_passthrough_checked()
 
