@@ -17,15 +17,18 @@ from cachefs.settings import SOCKET_PATH_BYTES_MAX
 RUN_NAME, CACHE_NAME, SOCKET_NAME = "run", "cache", "keeper.sock"  # as in node_keeper.py
 
 
-@click.command(
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
-    add_help_option=False,
-    short_help="Hold a node's FUSE root (in a Kubernetes pod).",
-)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def keeper(arguments: tuple[str, ...]) -> None:
-    """Run the keeper of a node in this process's place. `cachefs keeper --help` lists its flags."""
-    command = python_command(sys.executable, "-m", "cachefs.node_keeper", *arguments)
+@click.command(short_help="Hold a node's FUSE root (in a Kubernetes pod, as root).")
+@click.option("--node-dir", metavar="DIR", required=True, help="Holds root (the mount), run and cache (the server's).")
+@click.option("--server-uid", metavar="N", type=int, default=65534, show_default=True, help="Whom the server runs as.")
+@click.option("--state-dir", metavar="DIR", help="Where the server's files must lie (default: NODE_DIR/cache).")
+@click.option("--give-up", metavar="SECONDS", type=float, help="Abort the mount without a server (default: never).")
+@click.option("--kernel-disable", metavar="FEATURES", help="Kernel features not to use, with commas.")
+@click.option("--unmount", is_flag=True, help="Unmount what an earlier keeper mounted, and end.")
+def keeper(unmount: bool, **flags: Any) -> None:
+    """Hold the FUSE root of a node, for a server that runs without any right. SIGTERM ends the keeper, not the mount:
+    the next one takes it over."""
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if value is not None]
+    command = python_command(sys.executable, "-m", "cachefs.node_keeper", *given, *["--unmount"] * unmount)
     # exec, not import: the keeper stays small.
     os.execv(command[0], command)
 

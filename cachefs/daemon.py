@@ -79,7 +79,15 @@ async def _run(link: KeeperLink) -> None:
     async with open_core(config.server, metrics, session=config.session) as core:
         tree = Tree(core.index, core.offload, core.snapshots, volumes_at_root=config.as_root)
         notifier = Notifier(session.fuse_fd)
-        vfs = Vfs(tree=tree, cache=core.cache, notifier=notifier, link=link, ledger=ledger, metrics=metrics)
+        vfs = Vfs(
+            tree=tree,
+            cache=core.cache,
+            notifier=notifier,
+            link=link,
+            ledger=ledger,
+            metrics=metrics,
+            private_root=isinstance(link, NodeLink),  # pods get binds; whose volume is whose is between them
+        )
         server = Server(core=core, tree=tree, link=link, ledger=ledger, vfs=vfs, metrics=metrics)
         await _serve(link, core, tree, notifier, vfs, server, ledger)
     # The index is closed: whoever waits for the lock finds all in order.

@@ -9,7 +9,16 @@ from typing import NamedTuple, Protocol
 import trio
 
 from cachefs.chunk import ObjectId, chunk_spans
-from cachefs.errors import CachefsError, IsADirectory, NotADirectory, NotFound, ObjectChanged, ReadOnly, StaleInode
+from cachefs.errors import (
+    AccessDenied,
+    CachefsError,
+    IsADirectory,
+    NotADirectory,
+    NotFound,
+    ObjectChanged,
+    ReadOnly,
+    StaleInode,
+)
 from cachefs.kernel.wire import features
 from cachefs.ledger import Ledger, Mode
 from cachefs.link import KeeperLink
@@ -72,6 +81,8 @@ class Attributes(NamedTuple):
     uid: int
     gid: int
     lasting: bool = True
+    private: bool = False
+    """For its owner only."""
 
 
 class Opened(NamedTuple):
@@ -100,7 +111,10 @@ class Vfs:
         link: KeeperLink,
         ledger: Ledger,
         metrics: Metrics,
+        private_root: bool = False,
     ) -> None:
+        """`private_root`: nobody on this machine but root and this user reaches the volumes from the FUSE root."""
+        self._private_root = private_root
         self._tree = tree
         self._cache = cache
         self._notifier = notifier
@@ -179,7 +193,7 @@ class Vfs:
             await self._passthrough.give_back_idle(lambda inode: self._files.get(inode) is not None)
 
     async def _is_known(self, inode: int) -> bool:
-        """Whether the kernel has this inode. If so, its name is forgotten: unless it is in use, it is gone next time."""
+        """Whether the kernel has this inode. If so, its name is forgotten: gone next time, unless it is in use."""
         if not await self._notifier.is_known(inode):
             return False
         try:
@@ -210,6 +224,8 @@ class Vfs:
         return self._attributes(self._tree.node(inode))
 
     def _attributes(self, node: Node) -> Attributes:
+        if not node.view and self._private_root:
+            return Attributes(node.inode, True, 0, 0, os.geteuid(), os.getegid(), private=True)
         uid = gid = 0
         if node.view:
             config = self._tree.volume(node.view).config
@@ -342,7 +358,13 @@ class Vfs:
         except trio.WouldBlock:
             await waiting.acquire()
         try:
-            data = await self._cache.read(store, object_id, offset, length)
+            try:
+                data = await self._cache.read(store, object_id, offset, length)
+            except AccessDenied:
+                if not self._tree.volume(node.view).config.principal:
+                    raise
+                # It may be the answer to another principal, whose fill was joined: now with our own credentials.
+                data = await self._cache.read(store, object_id, offset, length)
             self._misses.inc()
             return data
         except (ObjectChanged, NotFound) as exc:
