@@ -161,6 +161,8 @@ def assume_role(given: Given, *, region: str, endpoint: str | None) -> tuple[Cre
     except botocore.exceptions.ClientError as exc:
         code = str(exc.response.get("Error", {}).get("Code", ""))
         raise AccessDenied(f"STS refuses the service account's token ({code[:60]})") from None
+    except botocore.exceptions.ParamValidationError:
+        raise AccessDenied("the role or the service account's token is malformed") from None
     except botocore.exceptions.BotoCoreError as exc:
         raise StoreUnavailable(f"STS does not answer ({type(exc).__name__})") from None
     expires = answer["Expiration"]

@@ -15,8 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import pytest
-
 from cachefs.kernel.mounts import Mount, abort, find_mount, read_mounts, unmount
 from tests.mount.harness import REPOSITORY, alive, wait_for
 from tests.support.s3 import LOUD_VARIABLES, QUIET_ENVIRONMENT
@@ -34,7 +32,7 @@ class Refused(Exception):
         self.kind = kind
 
 
-def key(name: str) -> str:
+def key_of(name: str) -> str:
     """A publication's key, as the driver makes them."""
     return hashlib.sha1(name.encode()).hexdigest()
 
@@ -176,14 +174,14 @@ class Node:
     def publish(self, name: str, source: str, credentials: dict[str, Any], **options: Any) -> Path:
         """The view's directory."""
         params = {"endpoint_url": self.endpoints[0] if self.endpoints else None, "principal": f"ns/{name}", **options}
-        root = self.ask("volume_publish", key=key(name), source=source, credentials=credentials, **params)["root"]
+        root = self.ask("volume_publish", key=key_of(name), source=source, credentials=credentials, **params)["root"]
         return self.root / root
 
     def unpublish(self, name: str) -> None:
-        self.ask("volume_unpublish", key=key(name))
+        self.ask("volume_unpublish", key=key_of(name))
 
     def stats(self, name: str) -> dict[str, Any]:
-        answer: dict[str, Any] = self.ask("volume_stats", key=key(name))
+        answer: dict[str, Any] = self.ask("volume_stats", key=key_of(name))
         return answer
 
     def condition(self, name: str) -> str:
@@ -218,20 +216,14 @@ class Node:
             if mount.mountpoint.startswith(f"{self.directory}/"):
                 if mount.fstype == "fuse.cachefs":
                     abort(mount.major_minor, mount.mountpoint, as_root=True)
-                unmount(mount.mountpoint, as_root=True)
+                if find_mount(mount.mountpoint) is not None:  # the abort may have been a forced unmount
+                    unmount(mount.mountpoint, as_root=True)
         shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def needs_node() -> None:
-    """Skips where a node cannot be had."""
-    if os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        pytest.skip("needs /dev/fuse and root")
 
 
 @contextlib.contextmanager
 def running_node(*endpoints: str, keeper: Sequence[str] = (), server: Sequence[str] = ()) -> Iterator[Node]:
     """A keeper and a server that answer."""
-    needs_node()
     with Node(endpoints) as node:
         node.start_keeper(*keeper)
         node.start_supervisor(*server)
