@@ -59,6 +59,7 @@ class Node:
         self.endpoints = list(endpoints)
         self.keeper: subprocess.Popen[bytes] | None = None
         self.supervisor: subprocess.Popen[bytes] | None = None
+        self._keeper_flags: tuple[str, ...] = ()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._devices: set[str] = set()
         self._servers: set[int] = set()
@@ -88,7 +89,8 @@ class Node:
     def start_keeper(self, *extra: str) -> None:
         """As root, until the root is mounted."""
         arguments = ["cachefs.node_keeper", "--node-dir", str(self.node_dir), "--server-uid", str(SERVER_UID)]
-        self.keeper = self._spawn([*arguments, *extra], "keeper.log")
+        self._keeper_flags = extra or self._keeper_flags
+        self.keeper = self._spawn([*arguments, *self._keeper_flags], "keeper.log")
         wait_for(lambda: self.mount() is not None, "the keeper mounts")
 
     def start_supervisor(self, *extra: str) -> None:
@@ -130,9 +132,13 @@ class Node:
         assert self.keeper is not None
         self.keeper.kill()
         self.keeper.wait()
-        before = self.log("keeper.log").count("goes on with this keeper")
+        before = self.takeovers()
         self.start_keeper()
-        wait_for(lambda: self.log("keeper.log").count("goes on with this keeper") > before, "the takeover")
+        wait_for(lambda: self.takeovers() > before, "the takeover")
+
+    def takeovers(self) -> int:
+        """How often a keeper took the mount back so far."""
+        return self.log("keeper.log").count("took the mount back")
 
     def kill_supervisor(self) -> None:
         """SIGKILL; its server dies with it."""

@@ -83,7 +83,7 @@ def test_a_server_without_any_right_serves_everybody(bucket: LyingServer) -> Non
 
 @pytest.mark.parametrize("mask", ["", "passthrough"])
 def test_readers_notice_nothing_of_dying_servers_and_keepers(bucket: LyingServer, mask: str) -> None:
-    with running_node(bucket.endpoint_url, keeper=["--kernel-disable", mask]) as node:
+    with running_node(bucket.endpoint_url, keeper=[f"--kernel-disable={mask}"]) as node:
         view = node.publish("pod", "s3://models/llama", GOOD, prefetch="none")
         device = node.mount()
         with reading(view / "model.safetensors", node.directory / "stop"):
@@ -95,8 +95,9 @@ def test_readers_notice_nothing_of_dying_servers_and_keepers(bucket: LyingServer
             node.keeper.kill()
             node.keeper.wait()
             node.kill_server()
+            before = node.takeovers()
             node.start_keeper()
-            wait_for(lambda: "took the mount back" in node.log("keeper.log").rpartition("waiting for")[2], "takeover")
+            wait_for(lambda: node.takeovers() > before, "the takeover")
             assert node.stop_supervisor() == 0
             node.start_supervisor()
         assert node.mount() == device
@@ -111,7 +112,7 @@ def test_a_keeper_that_ends_leaves_the_mount(bucket: LyingServer) -> None:
         assert node.keeper.wait(60) == 0
         assert (view / "model.safetensors").read_bytes() == MODEL
         node.start_keeper()
-        wait_for(lambda: "goes on with this keeper" in node.log("keeper.log"), "the takeover")
+        wait_for(lambda: node.takeovers() == 1, "the takeover")
         assert node.mount() == device
 
 
