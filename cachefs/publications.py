@@ -6,13 +6,11 @@ of its own keys only. Keys are kept in the index; credentials are in memory and 
 hands to the next server process.
 """
 
-import hashlib
-import json
 import logging
 import os
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import trio
@@ -20,7 +18,6 @@ import trio
 from cachefs import __version__
 from cachefs.cached import Pin
 from cachefs.chunk import chunk_count
-from cachefs.config import VolumeConfig
 from cachefs.control import Caller, Method, Params, Progress
 from cachefs.core import Core
 from cachefs.errors import (
@@ -37,10 +34,9 @@ from cachefs.errors import (
 from cachefs.index import Table, Write
 from cachefs.ledger import Ledger
 from cachefs.node_link import NodeLink
-from cachefs.node_policy import volume_location
-from cachefs.snapshot import Volume
-from cachefs.store.given import Given, GivenStore, KeySource, ViewStore, open_given
+from cachefs.store.given import Given, ViewStore
 from cachefs.tree import Tree
+from cachefs.views import Publication, Request, View, new_publication, open_publication, volume_config
 from cachefs.work import convert
 
 log = logging.getLogger(__name__)
@@ -52,62 +48,6 @@ SMALL_BYTES = 1024 * 1024
 SMALL_OBJECTS_MAX = 64
 SWEEP_S = 2.0
 PUBLISH_DEADLINE_S = 90.0
-
-
-class Publication(msgspec.Struct, frozen=True, kw_only=True):
-    """One key, as it is kept in the index: never with credentials."""
-
-    key: str
-    view: str
-    source: str
-    endpoint_url: str | None
-    region: str | None
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    layout: str
-    pin: bool
-    prefetch: Literal["auto", "none", "all"]
-    isolation: str
-    """"" : bytes are shared; else the namespace that has its own."""
-    principal: str
-    """A digest of the principal and its identity at the store."""
-    kind: str
-    """Of the credentials."""
-    gone: bool = False
-    """Unpublished, but files are open: shown until they are closed."""
-
-
-class _Request(msgspec.Struct, frozen=True, kw_only=True):
-    key: str
-    source: str
-    credentials: Given
-    endpoint_url: str | None = None
-    region: str | None = None
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    layout: str = ""
-    pin: bool = False
-    prefetch: Literal["auto", "none", "all"] = "auto"
-    isolation: Literal["shared", "strict"] = "shared"
-    principal: str = ""
-
-
-class _View:
-    """One directory under the FUSE root, and whose credentials it uses."""
-
-    def __init__(self, volume: Volume, store: ViewStore, keys: KeySource) -> None:
-        self.volume = volume
-        self.store = store
-        self.keys = keys
-        self.publications: set[str] = set()
-        self.background: set[trio.CancelScope] = set()
-        self.proven: Given | None = None
-        """What the store was last listed with at a publish."""
-
-    def stop_background(self) -> None:
-        """End its prefetch."""
-        for scope in self.background:
-            scope.cancel()
 
 
 class Publications:
@@ -123,7 +63,7 @@ class Publications:
         self._ledger = ledger
         self._publications: dict[str, Publication] = {}
         self._given: dict[str, Given] = {}
-        self._views: dict[str, _View] = {}
+        self._views: dict[str, View] = {}
         self._locks: dict[str, tuple[trio.Lock, int]] = {}
         self._nursery: trio.Nursery | None = None
 
@@ -172,7 +112,7 @@ class Publications:
         return {"ready": True, "version": __version__}
 
     async def _publish(self, params: Params, progress: Progress, caller: Caller) -> dict[str, Any]:
-        request = convert_secret(params, _Request)
+        request = convert_secret(params, Request)
         if not (request.key.isalnum() and 8 <= len(request.key) <= 64):
             raise UsageError("key: 8 to 64 letters and digits")
         async with self._locked(request.key):
@@ -189,10 +129,10 @@ class Publications:
                 log.warning("volume %s: credentials of another kind were given and are not used", request.key)
             return {"root": known.view}
 
-    async def _publish_new(self, request: _Request) -> str:
+    async def _publish_new(self, request: Request) -> str:
         if len(self._publications) >= KEYS_MAX:
             raise UsageError(f"{KEYS_MAX} volumes are published on this node: no more")
-        publication = self._publication(request)
+        publication = new_publication(request, self._node)
         async with self._locked("view " + publication.view):
             is_new = publication.view not in self._views
             view = await self._view(publication)
@@ -213,7 +153,7 @@ class Publications:
         log.info("published %s as %s", publication.source, publication.view)
         return publication.view
 
-    async def _prove(self, view: _View, publication: Publication, given: Given) -> None:
+    async def _prove(self, view: View, publication: Publication, given: Given) -> None:
         """One listing with these credentials: who may not list gets an error, not a view.
 
         Not asked again: whether what is proven already may. Raises what the store raises, Offline.
@@ -223,7 +163,7 @@ class Publications:
         if self._core.config.offline:
             raise Offline("volumes cannot be published offline: nobody can say who may see them")
         if view.publications:  # others read with their credentials meanwhile
-            inner, keys = self._open(publication)
+            inner, keys = open_publication(publication, self._node, self._core.config)
             keys.give(given)
             try:
                 await self._core.offload.store(inner.probe)
@@ -280,7 +220,7 @@ class Publications:
         names = ("bytes_total", "bytes_local", "objects_total", "objects_sealed")
         return {**{name: totals[name] for name in names}, "condition": self._condition(publication, view)}
 
-    def _condition(self, publication: Publication, view: _View) -> dict[str, Any]:
+    def _condition(self, publication: Publication, view: View) -> dict[str, Any]:
         trouble = view.store.trouble
         reason, message = "healthy", ""
         if publication.kind != "anonymous" and view.keys.given is None:
@@ -309,83 +249,18 @@ class Publications:
 
     # Views
 
-    def _publication(self, request: _Request) -> Publication:
-        """Checked against the admin's policy. Raises UsageError."""
-        location, endpoint, _ = volume_location(request.source, request.endpoint_url, request.region, self._node)
-        request.credentials.check("s3", node_credentials=self._node.allow_node_credentials)
-        if request.isolation == "strict" and not request.principal:
-            raise UsageError("isolation strict needs a principal")
-        if request.layout and ("/" in request.layout or request.layout in (".", "..") or len(request.layout) > 255):
-            raise UsageError("layout: one name of a directory")
-        identity = [request.principal, request.credentials.identity]
-        principal = _digest(identity)
-        isolation = _digest([request.principal.partition("/")[0]]) if request.isolation == "strict" else ""
-        shown = [location.url, endpoint, request.region, request.include, request.exclude, request.layout]
-        view = _digest([*shown, isolation, principal])
-        return Publication(
-            key=request.key,
-            view=view,
-            source=request.source,
-            endpoint_url=request.endpoint_url,
-            region=request.region,
-            include=request.include,
-            exclude=request.exclude,
-            layout=request.layout,
-            pin=request.pin,
-            prefetch=request.prefetch,
-            isolation=isolation,
-            principal=principal,
-            kind=request.credentials.kind,
-        )
-
-    async def _view(self, publication: Publication) -> _View:
+    async def _view(self, publication: Publication) -> View:
         """The view, made when it is not there. Raises UsageError."""
         view = self._views.get(publication.view)
         if view is not None:
             return view
-        inner, keys = self._open(publication)
+        inner, keys = open_publication(publication, self._node, self._core.config)
         store = ViewStore(inner, layout=publication.layout, isolation=publication.isolation)
-        config = VolumeConfig(
-            name=publication.view,
-            source=publication.source,
-            endpoint_url=publication.endpoint_url,
-            region=publication.region,
-            anonymous=publication.kind == "anonymous",
-            include=tuple(_inside(publication.layout, pattern) for pattern in publication.include),
-            exclude=tuple(_inside(publication.layout, pattern) for pattern in publication.exclude),
-            principal=f"{publication.principal}{publication.isolation}/{publication.layout}",
-        )
+        config = volume_config(publication)
         volume = await self._tree.add_volume(config, store)
-        view = self._views[publication.view] = _View(volume, store, keys)
+        view = self._views[publication.view] = View(volume, store, keys)
         self._core.volumes[publication.view] = volume
         return view
-
-    def _open(self, publication: Publication) -> tuple[GivenStore, KeySource]:
-        """A store and where its keys come from. Raises UsageError."""
-        location, endpoint, ca_file = volume_location(
-            publication.source, publication.endpoint_url, publication.region, self._node
-        )
-        chain = None
-        if publication.kind == "chain" and self._node.allow_node_credentials:
-            from cachefs.store import _aws
-
-            plain = _aws.keys_in_environment(None, os.environ)
-            chain = _aws.credential_source(None if plain else _aws.open_session(None, os.environ), os.environ)
-        region = publication.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        keys = KeySource(region=region or "us-east-1", sts_endpoint=self._node.sts_endpoint, chain=chain)
-        if publication.kind == "chain":
-            keys.give(Given(kind="chain"))  # nothing secret is in it: it need not be given again
-        store = open_given(
-            location,
-            endpoint,
-            region,
-            keys,
-            anonymous=publication.kind == "anonymous",
-            ca_file=ca_file,
-            get_timeout_s=self._core.config.get_timeout_s,
-            list_timeout_s=self._core.config.list_timeout_s,
-        )
-        return store, keys
 
     def _remove_view(self, name: str) -> None:
         view = self._views.pop(name)
@@ -420,16 +295,16 @@ class Publications:
 
     # Background
 
-    def _pin(self, view: _View, publication: Publication) -> Pin:
+    def _pin(self, view: View, publication: Publication) -> Pin:
         path = view.store.key_of_source()
         return Pin(f"csi-{publication.view}", view.store.identity, path, time.time())
 
-    def _start_prefetch(self, view: _View, publication: Publication) -> None:
+    def _start_prefetch(self, view: View, publication: Publication) -> None:
         assert self._nursery is not None
         if publication.prefetch != "none":
             self._nursery.start_soon(self._prefetch, view, publication.prefetch == "all")
 
-    async def _prefetch(self, view: _View, everything: bool) -> None:
+    async def _prefetch(self, view: View, everything: bool) -> None:
         scope = trio.CancelScope()
         view.background.add(scope)
         try:
@@ -446,7 +321,7 @@ class Publications:
         finally:
             view.background.discard(scope)
 
-    async def _fetch_some(self, view: _View, chunks: AsyncIterator[tuple[Any, int]], turn: trio.Lock) -> None:
+    async def _fetch_some(self, view: View, chunks: AsyncIterator[tuple[Any, int]], turn: trio.Lock) -> None:
         while True:
             async with turn:
                 item = await anext(chunks, None)
@@ -454,7 +329,7 @@ class Publications:
                 return
             await self._core.cache.ensure(view.store, *item)
 
-    async def _wanted(self, view: _View, everything: bool) -> AsyncIterator[tuple[Any, int]]:
+    async def _wanted(self, view: View, everything: bool) -> AsyncIterator[tuple[Any, int]]:
         snapshots, cache = self._core.snapshots, self._core.cache
         small = 0
         async for directory, entry in snapshots.walk(view.volume, "" if everything else view.store.layout):
@@ -542,13 +417,3 @@ def convert_secret(value: Any, kind: type[Any]) -> Any:
     except UsageError as exc:
         place = str(exc).rpartition(" - at ")[2] if " - at " in str(exc) else "a parameter"
         raise UsageError(f"{place[:80]} is missing or of the wrong kind") from None
-
-
-def _digest(parts: list[Any]) -> str:
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-
-
-def _inside(layout: str, pattern: str) -> str:
-    """A pattern over paths below the source, for paths below the view."""
-    anchored = "/" in pattern.rstrip("/")
-    return f"/{layout}/{pattern.lstrip('/')}" if layout and anchored else pattern
