@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from cachefs import __version__, cli_data, cli_mount, cli_node, output
+from cachefs import __version__, cli_csi, cli_data, cli_mount, cli_node, output
 from cachefs.cli_context import Command
 from cachefs.errors import CachefsError
 
@@ -61,6 +61,9 @@ server_options = _stack(
 @click.version_option(__version__, message="cachefs %(version)s")
 def group() -> None:
     """A read-through cache file system for model files in object stores."""
+
+
+group.add_command(cli_csi.csi)
 
 
 @group.command()

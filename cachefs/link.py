@@ -68,6 +68,7 @@ class KeeperLink:
         self._questions: dict[int, _Question] = {}
         self._backings = {backing.backing_id: backing for backing in session.backings}
         self._ready = False
+        self._adopted = True
         self._unmount_wanted = False
 
     @classmethod
@@ -142,18 +143,16 @@ class KeeperLink:
 
     async def run(self, on_stop: Callable[[], None]) -> None:
         """Handle the keeper's messages until it has unmounted; start a new keeper when it dies before that."""
-        started_s = trio.current_time()
         backoff_s = 0.0
         while True:
             await self._listen(on_stop)
             await self._note_death()
             if self.stop_kind == self.last_stop_kind:
                 return
-            backoff_s = (
-                0.0 if trio.current_time() - started_s > 5 else min(self.keeper_backoff_s_max, 2 * backoff_s + 0.1)
-            )
+            # One that came as far as to supervise is replaced at once: until then this server has nobody.
+            backoff_s = 0.0 if self._adopted else min(self.keeper_backoff_s_max, 2 * backoff_s + 0.1)
+            self._adopted = False
             await trio.sleep(backoff_s)
-            started_s = trio.current_time()
             try:
                 self._start_keeper()
             except OSError as exc:
@@ -180,6 +179,8 @@ class KeeperLink:
             if message.kind == "stop":
                 self.stop_kind = "hand_over" if message.text == "hand_over" else "unmount"
                 on_stop()
+            elif message.kind == "adopted":
+                self._adopted = True
             elif question := self._questions.get(message.request):
                 question.answer = message
                 question.answered.set()

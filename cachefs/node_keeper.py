@@ -28,7 +28,7 @@ from cachefs.errors import CachefsError, StateBusy, UsageError
 from cachefs.kernel import mounts, wire
 from cachefs.kernel.adopt import OfferRefused, check_device, check_ledger, check_memory
 from cachefs.kernel.backing import BackingRefused, Backings
-from cachefs.kernel.newmount import mount, warn_about_timeouts
+from cachefs.kernel.newmount import mount, serving_descriptor, warn_about_timeouts
 from cachefs.kernel.process import log, peer_credentials
 from cachefs.kernel.session import (
     Message,
@@ -268,6 +268,7 @@ class NodeKeeper:
         self._serving = client
         if serves:
             log(f"server {client.pid} goes on with this keeper")
+            client.send(Message("adopted"))
             return
         self._hand_out(client, session)
 
@@ -315,7 +316,7 @@ class NodeKeeper:
         session.backings = self._backings.all()
         session.keeper_pid = os.getpid()
         memory_fd = pack_session(session)
-        serving_fd = self._serving_descriptor(session)
+        serving_fd = serving_descriptor(session)
         try:
             handed = [serving_fd, session.ledger_fd, memory_fd, session.fuse_fd, self._root_fd]
             if client.send(Message("session"), handed):
@@ -323,15 +324,6 @@ class NodeKeeper:
                 log(f"server {client.pid} has the session (generation {session.generation})")
         finally:
             close_all([memory_fd, serving_fd])
-
-    def _serving_descriptor(self, session: Session) -> int:
-        """As the local keeper's: where nothing can be sent again, a clone that dies with its server."""
-        if "resend" not in wire.features(session.init, self._config.server.kernel_disable):
-            try:
-                return wire.clone_device(session.fuse_fd)
-            except OSError as exc:
-                log(f"cannot clone the device ({exc.strerror}): requests that a dying server has taken will hang")
-        return os.dup(session.fuse_fd)
 
     def _register(self, client: _Client, message: Message, descriptors: list[int]) -> Message:
         assert self._backings is not None

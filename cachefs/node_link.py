@@ -24,6 +24,7 @@ from cachefs.kernel.session import (
     close_all,
     pack_session,
     read_memory_file,
+    receive_descriptors,
     receive_message,
     send_message,
     unpack_session,
@@ -51,7 +52,7 @@ class Keep:
         os.set_inheritable(descriptor, False)
         self._sock = socket.socket(fileno=descriptor)
         self._sock.setblocking(True)
-        data, descriptors, _, _ = socket.recv_fds(self._sock, 65536, 8, socket.MSG_CMSG_CLOEXEC)
+        data, descriptors, _ = receive_descriptors(self._sock, 65536)
         head = json.loads(data)
         self.kept: dict[str, int] = dict(zip(head["kept"], descriptors, strict=True))
         self.starts = int(head["starts"])

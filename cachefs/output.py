@@ -71,19 +71,21 @@ def _plain(what: str) -> Show:
 @contextlib.contextmanager
 def _bar(what: str) -> Iterator[Show]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(what, total=None)
+        task = bars.add_task(what, total=None, rate="")
 
         def show(state: dict[str, Any]) -> None:
             bars.update(task, completed=state.get("done_bytes", 0), total=state.get("total_bytes") or None)
+            speed = bars.tasks[0].speed
+            bars.update(task, rate=f"{human_bytes(speed)}/s" if speed else "")
 
         yield show

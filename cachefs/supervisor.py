@@ -121,13 +121,13 @@ class Supervisor:
     def _receive(self) -> None:
         while self._sock is not None:
             try:
-                data, descriptors, _, _ = socket.recv_fds(
-                    self._sock, PACKET_BYTES_MAX, DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
-                )
+                data, descriptors, _, _ = socket.recv_fds(self._sock, PACKET_BYTES_MAX, DESCRIPTORS_MAX)
             except BlockingIOError:
                 return
             except ConnectionError:
                 data, descriptors = b"", []
+            for descriptor in descriptors:
+                os.set_inheritable(descriptor, False)  # CPython 3.11 drops recv_fds' flags
             if not data:
                 self._sock.close()
                 self._sock = None

@@ -193,7 +193,7 @@ class Vfs:
             await self._passthrough.give_back_idle(lambda inode: self._files.get(inode) is not None)
 
     async def _is_known(self, inode: int) -> bool:
-        """Whether the kernel has this inode. If so, its name is forgotten: gone next time, unless it is in use."""
+        """Whether the kernel has this inode. Its name is forgotten then, so that an unused one is gone next time."""
         if not await self._notifier.is_known(inode):
             return False
         try:

@@ -65,6 +65,19 @@ def make_ledger() -> int:
     return ledger_fd
 
 
+def serving_descriptor(session: Session) -> int:
+    """What a server reads requests from: where the kernel cannot send requests again, a clone that dies with it.
+
+    Then the requests that it had taken fail; on the keeper's own descriptor they would hang for ever.
+    """
+    if "resend" not in wire.features(session.init, session.config.server.kernel_disable):
+        try:
+            return wire.clone_device(session.fuse_fd)
+        except OSError as exc:
+            log(f"cannot clone the device ({exc.strerror}): requests that a dying server has taken will hang")
+    return os.dup(session.fuse_fd)
+
+
 def hold_lock(config: MountConfig, timeout_s: float) -> int:
     """One keeper for a runtime directory: a lock that ends with this process. Raises StateBusy."""
     path = config.server.runtime_dir / "keeper.lock"

@@ -4,6 +4,7 @@ A session is too large for a packet once there are many backing files (a packet 
 buffer, 208 KiB by default), so it travels in a memfd.
 """
 
+import array
 import os
 import socket
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ Kind = Literal[
     "unmount",  # server: unmount and end us both
     "upgrade",  # server: hand over to this interpreter (request, text)
     "upgrading",  # keeper: (request); a stop follows
+    "adopted",  # keeper, after a takeover: I supervise you now
     "stop",  # keeper: end; text says "unmount" or "hand_over"
 ]
 
@@ -99,7 +101,7 @@ def send_message(sock: socket.socket, message: Message, descriptors: Sequence[in
     """Send one packet. BlockingIOError: the buffer is full; BrokenPipeError, ConnectionError: the peer is gone."""
     data = msgspec.json.encode(message)
     assert len(data) <= MESSAGE_BYTES_MAX
-    socket.send_fds(sock, [data], list(descriptors), socket.MSG_NOSIGNAL)
+    socket.send_fds(sock, [data], list(descriptors))
 
 
 def receive_message(sock: socket.socket) -> tuple[Message, list[int]] | None:
@@ -108,7 +110,7 @@ def receive_message(sock: socket.socket) -> tuple[Message, list[int]] | None:
     Raises BlockingIOError when there is none yet, msgspec.DecodeError for one that makes no sense.
     """
     try:
-        data, descriptors, flags, _ = socket.recv_fds(sock, MESSAGE_BYTES_MAX, DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC)
+        data, descriptors, flags = receive_descriptors(sock, MESSAGE_BYTES_MAX)
     except ConnectionError:
         return None
     if not data:
@@ -121,6 +123,20 @@ def receive_message(sock: socket.socket) -> tuple[Message, list[int]] | None:
     except msgspec.DecodeError:
         close_all(descriptors)
         raise
+
+
+def receive_descriptors(sock: socket.socket, bytes_max: int) -> tuple[bytes, list[int], int]:
+    """One packet, its descriptors (close-on-exec) and recvmsg's flags.
+
+    Not socket.recv_fds: it drops the flags that it is given (CPython 3.11), and every child would inherit them.
+    """
+    numbers = array.array("i")
+    space = socket.CMSG_LEN(DESCRIPTORS_MAX * numbers.itemsize)
+    data, ancillary, flags, _ = sock.recvmsg(bytes_max, space, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
+    return data, list(numbers), flags
 
 
 def close_all(descriptors: Sequence[int]) -> None:

@@ -60,9 +60,13 @@ def _open_s3(volume: VolumeConfig, get_timeout_s: float, list_timeout_s: float, 
         from cachefs.store.fsspec import S3fsStore
 
         return S3fsStore(service, volume.profile, get_timeout_s=get_timeout_s, list_timeout_s=list_timeout_s)
-    from cachefs.store.obstore import ObstoreStore
+    if volume.store == "obstore":
+        from cachefs.store.obstore import ObstoreStore
 
-    return ObstoreStore(service, get_timeout_s=get_timeout_s, list_timeout_s=list_timeout_s)
+        return ObstoreStore(service, get_timeout_s=get_timeout_s, list_timeout_s=list_timeout_s)
+    from cachefs.store.direct import DirectStore
+
+    return DirectStore(service, get_timeout_s=get_timeout_s, list_timeout_s=list_timeout_s)
 
 
 def ca_file(environ: Mapping[str, str]) -> str | None:

@@ -42,7 +42,7 @@ def opener(origin: LyingServer) -> Iterator[Opener]:
         yield open_it
 
 
-@pytest.fixture(params=["obstore", "fsspec"])
+@pytest.fixture(params=["auto", "obstore", "fsspec"])
 def library(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -126,9 +126,8 @@ def test_a_get_without_a_byte_ends_at_its_timeout(
 
 
 @pytest.mark.parametrize("lie", ["503", "cut"])
-def test_a_failure_that_passes_is_not_noticed(origin: LyingServer, opener: Opener, lie: Lie) -> None:
-    origin.put("bucket", "model.bin", DATA)
-    store = opener()
+@pytest.mark.parametrize("library", ["auto", "obstore"], indirect=True)
+def test_a_failure_that_passes_is_not_noticed(store: Store, origin: LyingServer, lie: Lie) -> None:
     info = listing(store)[0]["model.bin"]
     origin.lie(lie, times=2)
     assert fetch_recorded(store, info, 100, len(DATA))[0] == DATA[100:]

@@ -146,7 +146,7 @@ def test_next_server_keeps_the_mode_of_what_is_open(mount):
     trio.run(main)
 
 
-def test_unclean_end_opens_cached_until_the_digests_are_checked(mount):
+def test_next_server_serves_what_is_local_without_the_store(mount):
     store = MemoryStore({"a": DATA})
 
     async def main():
