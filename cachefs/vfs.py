@@ -3,12 +3,22 @@
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import trio
 
 from cachefs.chunk import ObjectId, chunk_spans
-from cachefs.errors import CachefsError, IsADirectory, NotADirectory, NotFound, ObjectChanged, ReadOnly, StaleInode
+from cachefs.errors import (
+    AccessDenied,
+    CachefsError,
+    IsADirectory,
+    NotADirectory,
+    NotFound,
+    ObjectChanged,
+    ReadOnly,
+    StaleInode,
+)
 from cachefs.kernel.wire import features
 from cachefs.ledger import Ledger, Mode
 from cachefs.link import KeeperLink
@@ -74,6 +84,8 @@ class Attributes(NamedTuple):
     uid: int
     gid: int
     lasting: bool = True
+    private: bool = False
+    """For its owner only."""
 
 
 class Opened(NamedTuple):
@@ -102,11 +114,15 @@ class Vfs:
         link: KeeperLink,
         ledger: Ledger,
         metrics: Metrics,
+        private_root: bool = False,
     ) -> None:
+        """`private_root`: nobody on this machine but root and this user reaches the volumes from the FUSE root."""
+        self._private_root = private_root
         self._tree = tree
         self._cache = cache
         self._notifier = notifier
         self._config = link.session.config
+        self._root_path = Path(link.session.root_path or self._config.mountpoint)
         disabled = self._config.server.kernel_disable
         reason = unavailable_reason(
             masked="passthrough" in disabled, offered="passthrough" in features(link.session.init, disabled)
@@ -161,7 +177,7 @@ class Vfs:
         """See Passthrough.check(). Nothing more is done once it worked in this mount."""
         assert self._nursery is not None
         directory = self._config.server.state_dir / "blobs"
-        await self._passthrough.check(self._config.mountpoint, directory, self._nursery)
+        await self._passthrough.check(self._root_path, directory, self._nursery)
         if self._passthrough.enabled:
             self._ledger.note_passthrough_checked()
 
@@ -218,6 +234,8 @@ class Vfs:
         return self._attributes(self._tree.node(inode))
 
     def _attributes(self, node: Node) -> Attributes:
+        if not node.view and self._private_root:
+            return Attributes(node.inode, True, 0, 0, os.geteuid(), os.getegid(), private=True)
         uid = gid = 0
         if node.view:
             config = self._tree.volume(node.view).config
@@ -353,7 +371,13 @@ class Vfs:
         except trio.WouldBlock:
             await waiting.acquire()
         try:
-            data = await self._cache.read(store, object_id, offset, length)
+            try:
+                data = await self._cache.read(store, object_id, offset, length)
+            except AccessDenied:
+                if not self._tree.volume(node.view).config.principal:
+                    raise
+                # It may be the answer to another principal, whose fill was joined: now with our own credentials.
+                data = await self._cache.read(store, object_id, offset, length)
             self._misses.inc()
             return data
         except (ObjectChanged, NotFound) as exc:
