@@ -10,7 +10,7 @@ import os
 
 def main() -> None:
     """Until the server is gone."""
-    while message := os.read(0, 4096):
+    while message := _next():
         number = 0
         try:
             os.write(3, message)
@@ -20,6 +20,14 @@ def main() -> None:
             os.write(0, number.to_bytes(4, "little"))
         except OSError:
             return
+
+
+def _next() -> bytes:
+    """The next notification; empty when the server is gone."""
+    try:
+        return os.read(0, 4096)
+    except ConnectionResetError:  # killed with an answer unread
+        return b""
 
 
 if __name__ == "__main__":
