@@ -127,9 +127,10 @@ def mount_by_fusermount(mountpoint: Path, *, allow_other: bool) -> int:
         if done.returncode:
             raise UsageError(f"cannot mount at {mountpoint}: {_one_line(done.stderr)}")
         theirs.close()
-        _, descriptors, _, _ = socket.recv_fds(ours, 16, 1, socket.MSG_CMSG_CLOEXEC)
+        _, descriptors, _, _ = socket.recv_fds(ours, 16, 1)
     if not descriptors:
         raise UsageError(f"cannot mount at {mountpoint}: fusermount3 sent no descriptor")
+    os.set_inheritable(descriptors[0], False)
     os.set_blocking(descriptors[0], False)
     return descriptors[0]
 

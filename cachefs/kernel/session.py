@@ -6,6 +6,7 @@ buffer, 208 KiB by default), so it travels in a memfd.
 
 import os
 import socket
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,7 @@ from cachefs.config import MountConfig, VolumeConfig
 
 MESSAGE_BYTES_MAX = 65536
 DESCRIPTORS_MAX = 8
+INT = struct.Struct("i")
 SESSION_BYTES_MAX = 256 * 1024 * 1024
 """A million backing files are about 150 MB; more than this is not a session."""
 
@@ -105,9 +107,19 @@ def receive_message(sock: socket.socket) -> tuple[Message, list[int]] | None:
     Raises BlockingIOError when there is none yet, msgspec.DecodeError for one that makes no sense.
     """
     try:
-        data, descriptors, flags, _ = socket.recv_fds(sock, MESSAGE_BYTES_MAX, DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC)
+        # Not socket.recv_fds(): it drops its flags (Python 3.11 to 3.13), and what is not close-on-exec would
+        # be inherited by every process that is started, for the life of the mount.
+        data, controls, flags, _ = sock.recvmsg(
+            MESSAGE_BYTES_MAX, socket.CMSG_LEN(DESCRIPTORS_MAX * INT.size), socket.MSG_CMSG_CLOEXEC
+        )
     except ConnectionError:
         return None
+    descriptors = [
+        descriptor
+        for level, kind, value in controls
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+        for (descriptor,) in INT.iter_unpack(value[: len(value) // INT.size * INT.size])
+    ]
     if not data:
         close_all(descriptors)
         return None
