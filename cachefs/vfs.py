@@ -108,7 +108,7 @@ class Vfs:
         reason = unavailable_reason(
             masked="passthrough" in disabled, offered="passthrough" in features(link.session.init, disabled)
         )
-        self._passthrough = Passthrough(link, cache, notifier.is_known, reason)
+        self._passthrough = Passthrough(link, cache, self._is_known, reason)
         self._prefetcher = Prefetcher(cache)
         self._ledger = ledger
         self._metrics = metrics
@@ -175,6 +175,18 @@ class Vfs:
         while self._passthrough.has_inherited():
             await trio.sleep(SWEEP_INTERVAL_S)
             await self._passthrough.give_back_idle(lambda inode: self._files.get(inode) is not None)
+
+    async def _is_known(self, inode: int) -> bool:
+        """Whether the kernel has this inode. If so, its name is forgotten: unless it is in use, it is gone next time."""
+        if not await self._notifier.is_known(inode):
+            return False
+        try:
+            node = self._tree.node(inode)
+        except CachefsError:
+            return True
+        if not node.superseded:
+            self._notifier.forget_entry(node.parent, os.fsencode(node.name))
+        return True
 
     # Names
 
@@ -317,9 +329,9 @@ class Vfs:
         store = self._tree.volume(node.view).store
         self._prefetcher.note_read(handle, store, object_id, offset, length)
         if all(self._cache.is_local(object_id, span.index) for span in chunk_spans(object_id.size, offset, length)):
+            data = await self._cache.read(store, object_id, offset, length)
             self._hits.inc()
-            return await self._cache.read(store, object_id, offset, length)
-        self._misses.inc()
+            return data
         waiting = self._waiting.get(node.view)
         if waiting is None:
             waiting = self._waiting[node.view] = trio.Semaphore(WAITING_READS_MAX)
@@ -328,9 +340,13 @@ class Vfs:
         except trio.WouldBlock:
             await waiting.acquire()
         try:
-            return await self._cache.read(store, object_id, offset, length)
-        except ObjectChanged:
+            data = await self._cache.read(store, object_id, offset, length)
+            self._misses.inc()
+            return data
+        except (ObjectChanged, NotFound) as exc:
             await self._refresh(node.parent)
+            if isinstance(exc, NotFound):  # ENOENT would say that the name is wrong; the handle is stale
+                raise ObjectChanged(f"{node.path} is gone from its source") from exc
             raise
         finally:
             waiting.release()

@@ -164,10 +164,11 @@ def test_a_signal_to_either_process_ends_the_mount(
     assert (cli.place() / "weights.bin").read_bytes() == DATA
 
 
-def test_plain_umount_of_the_bind_ends_the_server(cli: Cli, bucket: LyingServer) -> None:
+@pytest.mark.parametrize("command", ["umount", "fusermount3 -u"])
+def test_other_programs_may_unmount_and_the_server_ends(cli: Cli, bucket: LyingServer, command: str) -> None:
     place = cli.place()
     pids = cli.json("mount", "s3://models/m", place, *at(bucket))
-    subprocess.run(["umount", str(place)], check=True, timeout=60)
+    subprocess.run([*command.split(), str(place)], check=True, timeout=60)
     cli.wait_gone(pids["server_pid"], pids["keeper_pid"])
 
 
@@ -288,3 +289,24 @@ def test_a_bad_second_volume_leaves_the_first_alone(cli: Cli, bucket: LyingServe
     assert os.listdir(two) == []
     assert [volume["source"] for volume in cli.status()["volumes"]] == ["s3://models/m"]
     assert (one / "weights.bin").read_bytes() == DATA
+
+
+def test_upgrade_hands_over_to_a_new_server(cli: Cli, bucket: LyingServer) -> None:
+    place = cli.place()
+    before = cli.json("mount", "s3://models/m", place, *at(bucket))
+    with (place / "weights.bin").open("rb") as file:
+        assert file.read(100) == DATA[:100]
+        done = cli.json("upgrade", place)
+        assert done["pid"] != before["server_pid"]
+        assert done["keeper_pid"] == cli.status()["keeper"]["pid"]
+        assert file.read() == DATA[100:]
+    assert not alive(before["server_pid"])
+
+
+def test_an_upgrade_to_nothing_is_refused_and_the_mount_lives(cli: Cli, bucket: LyingServer) -> None:
+    place = cli.place()
+    cli.run("mount", "s3://models/m", place, *at(bucket))
+    done = cli.run("upgrade", place, "--python", "/nowhere/python", code=None)
+    assert done.returncode in (1, 2)
+    assert done.stderr.startswith("cachefs: ")
+    assert (place / "weights.bin").read_bytes() == DATA

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cachefs.chunk import CHUNK_BYTES, MIB
@@ -317,3 +318,33 @@ def test_one_volume_at_the_fuse_root(tmp_path: Path, origin: LyingServer) -> Non
         assert os.listdir(mount.mountpoint) == ["sub"]
         for _ in range(2):
             assert (mount.mountpoint / "sub" / "a").read_bytes() == data
+
+
+def test_mapped_file_is_not_evicted_and_an_idle_one_is_also_after_a_restart(
+    tmp_path: Path, origin: LyingServer
+) -> None:
+    data = os.urandom(2 * CHUNK_BYTES)
+    origin.put("models", "m/big", data)
+    source = volume("m", "s3://models/m", origin.endpoint_url)
+    with mounted(tmp_path, source) as mount:
+        path = mount.path() / "big"
+
+        def evicted() -> int:
+            return int(mount.call("evict", source=msgspec.to_builtins(source))["evicted_objects"])
+
+        for killed in (False, True):
+            assert path.read_bytes() == data
+            wait_for(lambda: objects_sealed(mount) == 1, "the object is sealed")
+            with path.open("rb") as file:
+                view = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            if killed:
+                pid = mount.server_pid()
+                os.kill(pid, signal.SIGKILL)
+                wait_for(lambda pid=pid: mount.server_pid() != pid, "the next server serves")
+            assert evicted() == 0  # closed long ago, but mapped
+            assert sha256(view) == sha256(data)
+            view.close()
+            # After a restart the backing id goes when the kernel has forgotten the inode.
+            wait_for(lambda: evicted() == 1, "the idle object is evicted")
+        assert path.read_bytes() == data
+        assert origin.gets("m/big") == 6

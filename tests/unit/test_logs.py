@@ -1,0 +1,76 @@
+"""The server's log: rotated, with stderr following, in both forms."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from cachefs import logs
+
+SCRIPT = """
+import logging, os, sys
+from pathlib import Path
+import structlog
+from cachefs import logs
+logs.LOG_BYTES_MAX = 10 * 1024 * 1024
+logs.set_up(Path(sys.argv[1]), "info", sys.argv[2])
+logging.getLogger("cachefs.x").info("plain %s", "text")
+structlog.get_logger("cachefs.y").warning("structured", source="s3://b", count=3)
+logging.getLogger("cachefs.x").debug("not shown")
+try:
+    1 / 0
+except ZeroDivisionError:
+    logging.getLogger("cachefs.x").exception("failed")
+os.write(2, b"a library wrote this\\n")
+"""
+
+
+def log_of(directory: Path, form: str) -> list[str]:
+    path = directory / "log" / "server.log"
+    path.parent.mkdir(parents=True)
+    with path.open("ab") as stderr:
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        subprocess.run([sys.executable, "-c", SCRIPT, str(directory), form], stderr=stderr, env=env, check=True)
+    return path.read_text().splitlines()
+
+
+def test_json_lines_are_documents(tmp_path: Path) -> None:
+    *lines, last = log_of(tmp_path, "json")
+    documents = [json.loads(line) for line in lines]
+    assert [document["event"] for document in documents] == ["plain text", "structured", "failed"]
+    assert documents[1]["source"] == "s3://b"
+    assert documents[1]["count"] == 3
+    assert documents[1]["level"] == "warning"
+    assert "ZeroDivisionError" in documents[2]["exception"]
+    assert last == "a library wrote this"
+
+
+def test_text_lines_have_no_colours(tmp_path: Path) -> None:
+    text = "\n".join(log_of(tmp_path, "text"))
+    assert "plain text" in text
+    assert "s3://b" in text
+    assert "ZeroDivisionError" in text
+    assert "not shown" not in text
+    assert "\x1b" not in text
+
+
+def test_rotation_keeps_three_files_and_stderr_follows(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, logging; from pathlib import Path; from cachefs import logs\n"
+        "handler = logs.StderrRotatingHandler(Path(sys.argv[1]), bytes_max=1000, files=3)\n"
+        "logger = logging.getLogger('x'); logger.addHandler(handler)\n"
+        "for number in range(1000): logger.warning('line %d', number)\n"
+        "os.write(2, b'stderr\\n')\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    (tmp_path / "log").mkdir()
+    path = tmp_path / "log" / logs.LOG_NAME
+    subprocess.run([sys.executable, "-c", script, str(path)], env=env, check=True)
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["server.log", "server.log.1", "server.log.2"]
+    assert path.read_text().endswith("line 999\nstderr\n")
+    tail = logs.tail(tmp_path, 150)
+    assert tail[-2:] == ["line 999", "stderr"]
+    assert tail[:-1] == [f"line {number}" for number in range(1000 - 149, 1000)]
+    assert logs.tail(tmp_path, 2) == ["line 999", "stderr"]
+    assert logs.tail(tmp_path / "nowhere", 2) == []
