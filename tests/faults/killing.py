@@ -42,7 +42,7 @@ class Killer:
         self.kills: list[Kill] = []
 
     def kill(self, victim: str) -> None:
-        """"server", "keeper" or "both" (by turns)."""
+        """ "server", "keeper" or "both" (by turns)."""
         if victim == "turns":
             victim = ("server", "keeper")[len(self.kills) % 2]
         if victim == "server":
@@ -258,5 +258,3 @@ def wait_while(condition: Callable[[], bool], readers: Readers, deadline_s: floa
     while condition() and not readers.failed():
         assert time.monotonic() < end, "the readers do not get on"
         time.sleep(0.0005)
-
-

@@ -247,9 +247,7 @@ def test_cycles_of_kills_leak_nothing(tmp_path: Path, origin: LyingServer) -> No
                 assert _sha256_of(iter([data])) == digest
 
         open_all()
-        wait_for(
-            lambda: mount.status()["volumes"][0]["objects_sealed"] == len(files), "all files are sealed"
-        )
+        wait_for(lambda: mount.status()["volumes"][0]["objects_sealed"] == len(files), "all files are sealed")
         warm = held.enter_context((mount.path() / files[2].name).open("rb", buffering=0))
         killer.kill("server")
         killer.kill("keeper")
