@@ -59,7 +59,13 @@ class Mounted:
         self.volumes = tuple(volumes)
         self.as_root = as_root
         self.mountpoint = self.runtime_dir / "root" if as_root else directory / "mnt"
-        self.options: dict[str, Any] = {"cache_bytes_max": 4096 * MIB, "allow_other": as_root, "bind_timeout_s": 3600.0, **server}
+        self.options: dict[str, Any] = {
+            "cache_bytes_max": 4096 * MIB,
+            "allow_other": as_root,
+            "bind_timeout_s": 3600.0,
+            **server,
+        }
+        self.server_module = "cachefs.daemon"
         self.keeper_pid = 0
         self.first_server_pid = 0
 
@@ -81,7 +87,7 @@ class Mounted:
         os.environ["PYTHONPATH"] = os.fspath(REPOSITORY)
         if not self.as_root:
             self.mountpoint.mkdir(exist_ok=True)
-        started = start_keeper(self.config(), timeout_s=DEADLINE_S)
+        started = start_keeper(self.config(), server_module=self.server_module, timeout_s=DEADLINE_S)
         self.keeper_pid, self.first_server_pid = started.keeper_pid, started.server_pid
 
     def call(self, method: str, **params: Any) -> Any:

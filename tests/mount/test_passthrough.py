@@ -1,4 +1,4 @@
-"""Sealed files are read by the kernel from their blobs: modes, restarts, eviction under maps, blobs that were touched."""
+"""Sealed files are read by the kernel from their blobs: modes, restarts, eviction under maps, tampered blobs."""
 
 import contextlib
 import hashlib
