@@ -22,7 +22,7 @@ READERS_MAX = 64
 TAG = "KILL_TEST_TAG"
 """In the environment of every process that a test starts: nothing of it may be left."""
 
-LONG = "TEST_KILLS" in os.environ
+LONG = "TEST_KILLS" in os.environ or "CACHEFS_TEST_SOAK" in os.environ
 """The long form: figures are wanted, and the machine is quiet enough for them."""
 
 

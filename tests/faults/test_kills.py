@@ -1,7 +1,7 @@
 """Readers of a real mount see nothing but pauses when server and keeper are killed with SIGKILL.
 
-In the long form (`make soak`, or by hand): TEST_KILLS=20 TEST_KILL_BYTES=2GiB TEST_KILL_CYCLES=200, and TEST_FIGURES
-names a directory for the figures.
+The long form (`make soak`) is TEST_KILLS=20 TEST_KILL_BYTES=2GiB TEST_KILL_CYCLES=200, or less when set by hand;
+TEST_FIGURES names a directory for the figures.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from cachefs.chunk import CHUNK_BYTES
-from cachefs.config import GIB
+from cachefs.config import GIB, MIB
 from cachefs.settings import parse_size
 from tests.faults.killing import (
     LONG,
@@ -41,11 +41,11 @@ from tests.faults.killing import (
 from tests.mount.harness import Mounted, mounted, needs_fuse, volume, wait_for
 from tests.support.lying import LyingServer
 
-pytestmark = [needs_fuse, pytest.mark.timeout(7200 if LONG else 180)]
+pytestmark = [needs_fuse, pytest.mark.timeout(3600 if LONG else 180), *([pytest.mark.soak] if LONG else [])]
 
-KILLS = int(os.environ.get("TEST_KILLS", "3"))
-OBJECT_BYTES = parse_size(os.environ.get("TEST_KILL_BYTES", "48MiB"))
-CYCLES = int(os.environ.get("TEST_KILL_CYCLES", "6"))
+KILLS = int(os.environ.get("TEST_KILLS", "20" if LONG else "3"))
+OBJECT_BYTES = parse_size(os.environ.get("TEST_KILL_BYTES", "2GiB" if LONG else "48MiB"))
+CYCLES = int(os.environ.get("TEST_KILL_CYCLES", "200" if LONG else "6"))
 KILLS_PER_OBJECT = 20 if LONG else 1
 OBJECTS = -(-KILLS // KILLS_PER_OBJECT)
 PAUSE_MEDIAN_S_MAX = 1.0 if LONG else 15.0
@@ -137,6 +137,7 @@ def test_reader_of_a_slow_store_gets_every_byte(
 
 def test_safetensors_load_through_mmap_gets_every_tensor(tmp_path: Path, origin: LyingServer) -> None:
     generator = numpy.random.default_rng(14)
+    rows = 2 * 1024
     wanted: list[str] = []
     files = []
     for number in range(OBJECTS):

@@ -15,7 +15,7 @@ from tests.mount.cli_support import Cli
 from tests.mount.harness import alive, needs_fuse, wait_for
 from tests.support.lying import LyingServer
 
-pytestmark = [needs_fuse, pytest.mark.timeout(600)]
+pytestmark = [needs_fuse, pytest.mark.timeout(600), *([pytest.mark.soak] if LONG else [])]
 
 OBJECTS = 20 if LONG else 3
 OBJECT_BYTES = 64 * MIB
