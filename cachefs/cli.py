@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from cachefs import __version__, cli_csi, cli_data, cli_mount, output
+from cachefs import __version__, cli_csi, cli_data, cli_mount, cli_node, output
 from cachefs.cli_context import Command
 from cachefs.errors import CachefsError
 
@@ -256,6 +256,21 @@ def logs(lines: int, **flags: Any) -> None:
     else:
         for line in found:
             click.echo(line)
+
+
+@group.command()
+@click.option("--node-dir", metavar="DIR", required=True, help="The keeper's: root, run and cache are in it.")
+@click.option("--allow-endpoint", metavar="URL", multiple=True, help="An endpoint that volumes may name (repeatable).")
+@click.option("--allow-node-credentials", is_flag=True, help="Volumes without credentials may use this server's own.")
+@click.option("--sts-endpoint", metavar="URL", help="Where service account tokens are changed into keys.")
+@server_options
+@common
+def serve(**flags: Any) -> None:
+    """Serve a node's volumes to the CSI driver (in a Kubernetes pod, as an unprivileged user). Runs until SIGTERM."""
+    cli_node.serve(flags)
+
+
+group.add_command(cli_node.keeper)
 
 
 @group.group()

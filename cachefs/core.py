@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import trio
 
-from cachefs.cache import ChunkCache
+from cachefs.cache import DRAIN_SECONDS, ChunkCache
 from cachefs.cached import ObjectRecord, Pin
 from cachefs.chunk import ObjectId, chunk_count, chunk_length
 from cachefs.config import ServerConfig, VolumeConfig
@@ -80,6 +80,8 @@ class Core:
         self.metrics = metrics
         self.volumes: dict[str, Volume] = {}
         """By name; the server adds and removes them."""
+        self.drain_s = DRAIN_SECONDS
+        """How long the end waits for fills in flight."""
         self._stores: dict[VolumeConfig, Store] = {}
 
     def open_store(self, config: VolumeConfig) -> Store:
@@ -350,7 +352,7 @@ async def open_core(config: ServerConfig, metrics: Metrics, *, session: str) -> 
                 yield core
             finally:
                 with trio.CancelScope(shield=True):
-                    await cache.drain()
+                    await cache.drain(core.drain_s)
                 nursery.cancel_scope.cancel()
     finally:
         if core is not None:

@@ -51,8 +51,13 @@ class KeeperLink:
     run() should be started before the server is ready: a keeper may die at any time.
     """
 
-    def __init__(self, sock: socket.socket, session: Session, mount_fd: int) -> None:
-        sock.setblocking(False)
+    keeper_backoff_s_max = KEEPER_BACKOFF_S_MAX
+    last_stop_kind = "unmount"
+    """After this stop no keeper is needed any more."""
+
+    def __init__(self, sock: socket.socket | None, session: Session, mount_fd: int) -> None:
+        if sock is not None:
+            sock.setblocking(False)
         self.session = session
         self._mount_fd = mount_fd  # session.fuse_fd, or what that is a clone of: this is what a keeper holds
         self.stop_kind: Literal["", "unmount", "hand_over"] = ""
@@ -142,16 +147,16 @@ class KeeperLink:
         while True:
             await self._listen(on_stop)
             await self._note_death()
-            if self.stop_kind == "unmount":
+            if self.stop_kind == self.last_stop_kind:
                 return
             # One that came as far as to supervise is replaced at once: until then this server has nobody.
-            backoff_s = 0.0 if self._adopted else min(KEEPER_BACKOFF_S_MAX, 2 * backoff_s + 0.1)
+            backoff_s = 0.0 if self._adopted else min(self.keeper_backoff_s_max, 2 * backoff_s + 0.1)
             self._adopted = False
             await trio.sleep(backoff_s)
             try:
                 self._start_keeper()
             except OSError as exc:
-                logger.error("cannot start a new keeper: %s", exc)
+                self._no_keeper(exc)
 
     def close(self) -> None:
         """Close the socket; a keeper takes that for the end of this server's life as a talker, not of its process."""
@@ -193,7 +198,7 @@ class KeeperLink:
                 how_it_ended(self._keeper_pidfd)
             os.close(self._keeper_pidfd)
             self._keeper_pidfd = -1
-        if self.stop_kind != "unmount":
+        if self.stop_kind != self.last_stop_kind:
             logger.warning("the keeper (pid %d) is gone: starting a new one", self.session.keeper_pid)
 
     def _start_keeper(self) -> None:
@@ -223,6 +228,9 @@ class KeeperLink:
         logger.warning("started a new keeper, pid %d", pid)
         if self._unmount_wanted:
             self._tell(Message("unmount"))
+
+    def _no_keeper(self, error: OSError) -> None:
+        logger.error("cannot start a new keeper: %s", error)
 
     def _open_log(self) -> int:
         if self.session.foreground:

@@ -12,6 +12,7 @@ from cachefs.kernel.session import Session
 
 INIT_TIMEOUT_S = 10.0
 LEDGER_BYTES = 4 << 20
+LEDGER_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 def mount(config: MountConfig, *, python: str, server_module: str, foreground: bool) -> Session:
@@ -37,8 +38,7 @@ def mount(config: MountConfig, *, python: str, server_module: str, foreground: b
         raise UsageError(f"cannot mount at {config.mountpoint}: {exc}") from exc
     if "readahead" not in config.server.kernel_disable and not mounts.raise_readahead(found.major_minor):
         log("read_ahead_kb stays at the kernel's default: not allowed to raise it")
-    ledger_fd = os.memfd_create("cachefs-ledger", os.MFD_CLOEXEC)
-    os.ftruncate(ledger_fd, LEDGER_BYTES)
+    ledger_fd = make_ledger()
     used = sorted(wire.features(init, config.server.kernel_disable))
     log(f"mounted {config.mountpoint} (device {found.major_minor}, FUSE 7.{request.minor}: {', '.join(used)})")
     return Session(
@@ -55,6 +55,14 @@ def mount(config: MountConfig, *, python: str, server_module: str, foreground: b
         python=python,
         foreground=foreground,
     )
+
+
+def make_ledger() -> int:
+    """The memory file that all servers of a mount share; its size cannot change, so mapping it is never SIGBUS."""
+    ledger_fd = os.memfd_create("cachefs-ledger", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(ledger_fd, LEDGER_BYTES)
+    fcntl.fcntl(ledger_fd, fcntl.F_ADD_SEALS, LEDGER_SEALS | fcntl.F_SEAL_SEAL)
+    return ledger_fd
 
 
 def serving_descriptor(session: Session) -> int:

@@ -22,6 +22,7 @@ SESSION_BYTES_MAX = 256 * 1024 * 1024
 
 Kind = Literal[
     "session",  # keeper -> server at its start, server -> keeper at a takeover
+    "hello",  # node mode, server -> keeper: give me the session (text "serving": I serve one); offers what it holds
     "ready",  # server: I serve
     "failed",  # server: I cannot serve (text, exit_code)
     "register",  # server: a backing file (request, node, object_key) with its descriptor
@@ -71,6 +72,8 @@ class Session(msgspec.Struct):
     python: str = ""
     """The interpreter that servers of this mount are started with."""
     foreground: bool = False
+    root_path: str = ""
+    """Where this server process finds the FUSE root; "": at config.mountpoint. Not the keeper's to say."""
     upgrade_result: str = ""
     """What came of the last upgrade: "" (there was none), "ok", or why it was rolled back."""
 

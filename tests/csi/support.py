@@ -42,7 +42,7 @@ def tool(name: str) -> str:
     found = str(path) if path.exists() else shutil.which(name)
     if found is not None:
         return found
-    if os.environ.get("CACHEFS_CSI_REQUIRED") == "1":
+    if os.environ.get("CSI_TOOLS_REQUIRED") == "1":
         pytest.fail(f"{name} is missing: make setup-csi")
     pytest.skip(f"{name} is missing: make setup-csi")
 
