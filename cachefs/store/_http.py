@@ -259,7 +259,8 @@ class _Exchange:
             raise self._client.error_for(self.response, self._where)
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        whole = error is None and self.response.isclosed() and not self.response.will_close
+        answered = error is None or (isinstance(error, CachefsError) and self.response.length == 0)
+        whole = answered and self.response.isclosed() and not self.response.will_close
         self.response.close()
         if whole:
             self._client.keep(self._connection)

@@ -14,8 +14,9 @@ from cachefs.store._http import S3Client, Service
 from cachefs.store._s3 import RawPage, S3Store
 
 ATTEMPTS = 5
-BACKOFF_SECONDS = 0.1
-"""Before the second attempt, then twice as much each time; a part between half and all of it, by chance."""
+BACKOFF_SECONDS = 0.05
+"""Before the second attempt, then twice as much each time; any part of it, by chance (a reader may be waiting).
+An answer that was cut goes on at once: that is no sign of a store that has too much to do."""
 
 RETRY_TOKENS = 64.0
 """Retries that all readers of a store may take at a time. One that fails is gone, one that helps comes back."""
@@ -99,7 +100,7 @@ class DirectStore(S3Store):
             except (StoreUnavailable, AccessDenied) as error:
                 # A 403 is looked at twice: it may be the credentials' service that failed, which passes.
                 last = attempt == (1 if isinstance(error, AccessDenied) else ATTEMPTS - 1)
-                pause_s = BACKOFF_SECONDS * 2**attempt * random.uniform(0.5, 1)
+                pause_s = 0.0 if so_far.filled > base else BACKOFF_SECONDS * 2**attempt * random.random()
                 over_s = so_far.heard_s + self._get_timeout_s
                 if so_far.given_up or last or time.monotonic() + pause_s >= over_s or not self._budget.take():
                     raise
