@@ -175,6 +175,7 @@ class Core:
             {
                 "source": record.object.source,
                 "path": record.object.path,
+                "url": object_url(record.object),
                 "version": record.object.version,
                 "size_bytes": record.object.size,
                 "local_bytes": record.local_bytes,
@@ -313,7 +314,15 @@ class Core:
             "objects": report.objects,
             "chunks": report.chunks,
             "bytes": report.bytes,
-            "bad": [{"path": key.object.path, "source": key.object.source, "chunk": key.index} for key in report.bad],
+            "bad": [
+                {
+                    "path": key.object.path,
+                    "source": key.object.source,
+                    "url": object_url(key.object),
+                    "chunk": key.index,
+                }
+                for key in report.bad
+            ],
             "dropped_chunks": report.dropped_chunks,
             "dropped_records": report.dropped_records,
             "deleted_blobs": report.deleted_blobs,
@@ -323,6 +332,12 @@ class Core:
         """Delete what nothing refers to."""
         builtins: dict[str, Any] = msgspec.to_builtins(await self.cache.gc(dry_run))
         return builtins
+
+
+def object_url(object_id: ObjectId) -> str:
+    """What names it on the command line: the identity without its endpoint (`s3://bucket@http://host`)."""
+    scheme, _, rest = object_id.source.partition("://")
+    return f"{scheme}://{rest.partition('@')[0] if scheme == 's3' else rest}/{object_id.path}"
 
 
 def _pin_id(source: Source) -> str:
@@ -342,7 +357,7 @@ async def open_core(config: ServerConfig, metrics: Metrics, *, session: str) -> 
             free_fraction_min=config.free_fraction_min,
         )
         cache = ChunkCache(index=index, tier=tier, offload=offload, metrics=metrics, config=config, clock=time.time)
-        snapshots = Snapshots(index, offload, time.time, session=session, offline=config.offline)
+        snapshots = Snapshots(index, offload, time.time, session=session, offline=config.offline, metrics=metrics)
         core = Core(config, index=index, tier=tier, offload=offload, cache=cache, snapshots=snapshots, metrics=metrics)
         await cache.recover()
         async with trio.open_nursery() as nursery:
