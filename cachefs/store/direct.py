@@ -18,6 +18,10 @@ BACKOFF_SECONDS = 0.05
 """Before the second attempt, then twice as much each time; any part of it, by chance (a reader may be waiting).
 An answer that was cut goes on at once: that is no sign of a store that has too much to do."""
 
+QUIET_SECONDS = (3.0, 6.0)
+"""How long the first attempts wait for a byte; the ones after them wait for all that is left of `get_timeout_s`. A
+connection that died without a word, or an answer that is far behind all others, is asked for again after 3 s."""
+
 RETRY_TOKENS = 64.0
 """Retries that all readers of a store may take at a time. One that fails is gone, one that helps comes back."""
 TOKENS_PER_SUCCESS = 0.5
@@ -96,7 +100,9 @@ class DirectStore(S3Store):
             base = so_far.base = so_far.filled
             try:
                 left_s = self._get_timeout_s - (time.monotonic() - so_far.heard_s)
-                self._client.get_into(buffer[base:], object_id, start + base, stop, so_far, max(left_s, 0.001))
+                quiet_s = QUIET_SECONDS[attempt] if attempt < len(QUIET_SECONDS) else left_s
+                timeout_s = max(min(left_s, quiet_s), 0.001)
+                self._client.get_into(buffer[base:], object_id, start + base, stop, so_far, timeout_s)
             except (StoreUnavailable, AccessDenied) as error:
                 # A 403 is looked at twice: it may be the credentials' service that failed, which passes.
                 last = attempt == (1 if isinstance(error, AccessDenied) else ATTEMPTS - 1)
