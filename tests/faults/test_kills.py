@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from cachefs.chunk import CHUNK_BYTES
-from cachefs.config import GIB, MIB
+from cachefs.config import GIB
 from cachefs.settings import parse_size
 from tests.faults.killing import (
     LONG,
@@ -169,7 +169,8 @@ def test_fio_verifies_every_block(tmp_path: Path, origin: LyingServer, engine: s
     size = min(OBJECT_BYTES, GIB)
     common = ["fio", "--name=v", f"--size={size}", "--bs=128k", "--verify=crc32c", "--verify_fatal=1"]
     file = tmp_path / "verified"
-    subprocess.run([*common, f"--filename={file}", "--rw=write", "--do_verify=0"], check=True, capture_output=True)
+    write = [*common, f"--filename={file}", "--rw=write", "--do_verify=0"]
+    subprocess.run(write, check=True, capture_output=True, cwd=tmp_path)
     origin.latency_s = 0.1
     with serving(tmp_path, origin, [file], prefetch_bytes=2 * CHUNK_BYTES) as mount:
         killer = Killer(mount)

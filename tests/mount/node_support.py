@@ -96,6 +96,7 @@ class Node:
     def start_supervisor(self, *extra: str) -> None:
         """As uid 65534 without capabilities, until its server answers."""
         arguments = ["cachefs.cli", "serve", "--node-dir", str(self.node_dir), "--cache-size", "1GiB"]
+        arguments += ["--read-timeout", "40"]  # a test that reads in vain gets an error
         arguments += [part for endpoint in self.endpoints for part in ("--allow-endpoint", endpoint)]
         self.supervisor = self._spawn([*arguments, *extra], "server.log", before=as_nobody(self.root))
         self.wait_ready()
