@@ -1,6 +1,7 @@
 """`cachefs mount`, `umount` and what ends a mount, as a user meets them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -171,6 +172,15 @@ def test_other_programs_may_unmount_and_the_server_ends(cli: Cli, bucket: LyingS
     pids = cli.json("mount", "s3://models/m", place, *at(bucket))
     subprocess.run([*command.split(), str(place)], check=True, timeout=60)
     cli.wait_gone(pids["server_pid"], pids["keeper_pid"])
+
+
+def test_a_server_comes_back_though_its_log_directory_is_gone(cli: Cli, bucket: LyingServer) -> None:
+    place = cli.place()
+    pids = cli.json("mount", "s3://models/m", place, *at(bucket))
+    shutil.rmtree(cli.state_dir / "log")
+    os.kill(pids["server_pid"], signal.SIGKILL)
+    assert (place / "weights.bin").read_bytes() == DATA
+    assert cli.status()["keeper"]["pid"] == pids["keeper_pid"]
 
 
 def test_a_dead_mount_of_ours_is_recovered_at_the_next_mount(cli: Cli, bucket: LyingServer) -> None:
