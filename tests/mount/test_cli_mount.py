@@ -65,6 +65,34 @@ def test_a_second_mount_starts_warm_also_without_the_store(cli: Cli, bucket: Lyi
     assert len(bucket.requests) == requests
 
 
+def test_offline_shows_only_what_was_seen_and_is_proposed_for_that(cli: Cli, bucket: LyingServer) -> None:
+    place = cli.place()
+    never = cli.run("mount", "s3://models/m", place, *at(bucket), "--offline", code=2)
+    assert "without --offline" in never.stderr
+    cli.run("mount", "s3://models/m", place, *at(bucket))
+    os.listdir(place)
+    cli.run("umount", place)
+    bucket.stop()
+    gone = cli.run("mount", "s3://models/m", place, *at(bucket), code=2)
+    assert "--offline" in gone.stderr
+    cli.run("mount", "s3://models/m", place, *at(bucket), "--offline")
+    assert "weights.bin" in os.listdir(place)
+
+
+def test_an_outage_of_the_store_is_logged_once(cli: Cli, bucket: LyingServer) -> None:
+    place = cli.place()
+    cli.run("mount", "s3://models/m", place, *at(bucket))
+    os.listdir(place)
+    bucket.stop()
+    reader = threading.Thread(target=(place / "weights.bin").read_bytes)
+    reader.start()
+    wait_for(lambda: "does not answer" in cli.log(), "the outage is logged")
+    bucket.start()
+    reader.join(60)
+    wait_for(lambda: "answers again" in cli.log(), "the end of the outage is logged")
+    assert cli.log().count("does not answer") == 1
+
+
 def test_the_same_mount_again_is_fine_and_another_one_there_is_not(cli: Cli, bucket: LyingServer) -> None:
     place = cli.place()
     first = cli.json("mount", "s3://models/m", place, *at(bucket), "--cache-size", "64MiB")
