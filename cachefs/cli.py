@@ -173,7 +173,7 @@ def ls(source: str | None, **flags: Any) -> None:
             output.human_bytes(item["size_bytes"]),
             f"{100 * item['local_bytes'] // max(item['size_bytes'], 1)}%" if item["size_bytes"] else "100%",
             ",".join(word for word in ("sealed", "pinned", "open") if item[word]) or "-",
-            f"{item['source'].rstrip('/')}/{item['path'].lstrip('/')}",
+            item["url"],
         )
         for item in found["objects"]
     ]
@@ -198,7 +198,7 @@ def _simple(name: str, help: str, say: Callable[[dict[str, Any]], str]) -> None:
 
 def _say_evicted(result: dict[str, Any]) -> str:
     lines = [f"evicted {result['evicted_objects']} objects, {output.human_bytes(result['evicted_bytes'])}"]
-    lines += [f"stays ({item['reason']}): {item['path']}" for item in result["skipped"]]
+    lines += [f"stays ({item['reason']}): {output.printable(item['path'])}" for item in result["skipped"]]
     return "\n".join(lines)
 
 
@@ -224,7 +224,7 @@ def verify(source: str | None, repair: bool, rebuild: bool, **flags: Any) -> Non
         size = output.human_bytes(result["bytes"])
         click.echo(f"{result['objects']} objects, {result['chunks']} chunks, {size}: {len(result['bad'])} bad")
         for item in result["bad"]:
-            click.echo(f"bad: {item['source']} {item['path']} chunk {item['chunk']}")
+            click.echo(f"bad: {output.printable(item['url'])} chunk {item['chunk']}")
     if result["bad"] and not (repair or rebuild):
         raise SystemExit(1)
 
@@ -300,6 +300,13 @@ def main() -> None:
     """Exit codes: 0 done, 1 the work failed, 2 the request was wrong or cannot be met."""
     try:
         group.main(prog_name="cachefs", standalone_mode=False)
+    except click.UsageError as exc:
+        if isinstance(exc, click.exceptions.NoArgsIsHelpError):
+            exc.show()
+        else:
+            command = exc.ctx.command_path if exc.ctx is not None else "cachefs"
+            click.echo(f"cachefs: {exc.format_message().rstrip('.')}: see `{command} --help`", err=True)
+        sys.exit(exc.exit_code)
     except click.ClickException as exc:
         exc.show()
         sys.exit(exc.exit_code)

@@ -5,6 +5,7 @@ It always resumes: the keeper hands it a session, and the first start differs on
 It ends in this order: FUSE, prefetch, fills in flight, index.
 """
 
+import faulthandler
 import functools
 import logging
 import os
@@ -31,6 +32,9 @@ from cachefs.vfs import Vfs
 LOCK_WAIT_S = 10.0
 """A server that was killed may take so long to let go of the state directory (its threads finish a write)."""
 
+HAND_OVER_DRAIN_S = 0.2
+"""Readers wait during a hand-over: fills that a slow store would hold up are given up, the next server starts them."""
+
 NODE_LOCK_WAIT_S = 60.0
 """The server that this one replaces drains until then."""
 
@@ -45,6 +49,8 @@ def main(arguments: list[str]) -> int:
     link = NodeLink.begin(int(arguments[1])) if arguments[0] == "--node" else KeeperLink.receive(int(arguments[0]))
     server = link.session.config.server
     logs.set_up(server.state_dir, server.log_level, server.log_format)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)  # where a server that hangs hangs
     log.info("server %d of this mount starts (keeper %d)", link.session.generation, link.session.keeper_pid)
     try:
         with state_lock(server.state_dir, wait_s=_lock_wait_s(link)):
@@ -98,9 +104,15 @@ async def _serve(
 ) -> None:
     config = link.session.config
     stop = trio.Event()
+
+    def told_to_stop() -> None:
+        if link.stop_kind == "hand_over":
+            core.drain_s = HAND_OVER_DRAIN_S
+        stop.set()
+
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_signals, functools.partial(_end, link, stop))
-        nursery.start_soon(link.run, stop.set)
+        nursery.start_soon(link.run, told_to_stop)
         await nursery.start(tree.run)
         nursery.start_soon(notifier.run)
         await server.add_first_volumes()

@@ -62,6 +62,7 @@ class Index:
                 f"the index {directory} cannot be opened ({exc}): move it away and mount again; "
                 "what it knows is fetched anew"
             ) from exc
+        _close_on_exec(directory / "data.mdb")
         self._env.reader_check()  # slots of processes that were killed
         self._tables = {table: self._env.open_db(table.value) for table in Table}
         self._check_format(directory)
@@ -116,3 +117,13 @@ class Index:
 
     def close(self) -> None:
         self._env.close()
+
+
+def _close_on_exec(path: Path) -> None:
+    """LMDB leaves its data file open for every process that is started later: a keeper lives longer than we do."""
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{entry}") == os.path.realpath(path):
+                os.set_inheritable(int(entry), False)
+        except OSError:
+            continue  # another thread's, closed meanwhile

@@ -300,6 +300,13 @@ class Keeper:
 
     def _unmount(self) -> None:
         session = self._session
+        if not wire.is_connected(session.fuse_fd):
+            # Aborted, then it is still there; or unmounted by somebody else, and then the kernel may have given the
+            # device number to another file system already, which is none of ours.
+            place = self._config.mountpoint
+            root = mounts.find_mount(os.path.join(os.path.realpath(place.parent), place.name))
+            if root is None or root.major_minor != session.device:
+                return
         try:
             mounts.unmount_device(session.device, as_root=os.geteuid() == 0)
         except CachefsError as exc:

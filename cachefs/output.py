@@ -27,9 +27,14 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def printable(text: str) -> str:
+    """Without control characters: keys of a store may hold line ends, and escape sequences for the terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Aligned columns; numbers to the right. Nothing is cut off, so that scripts and narrow terminals get all."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
     widths = [max(len(column) for column in columns) for columns in zip(headers, *cells, strict=True)]
     right = [bool(rows) and all(isinstance(row[at], (int, float)) for row in rows) for at in range(len(headers))]
     for line in [list(headers), *cells]:

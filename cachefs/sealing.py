@@ -106,28 +106,37 @@ class Sealing:
         if cached.seal is None or self._nursery is None or cached.object_id in self._verifying:
             return
         cached.suspect = True
+        for index, state in enumerate(cached.states):
+            if state == CHECKED:  # what was read before it looked different says nothing: readers check again
+                cached.states[index] = COMMITTED
         self._verifying.add(cached.object_id)
         self._nursery.start_soon(self._verify_suspect, cached)
 
     async def _verify_suspect(self, cached: CachedObject) -> None:
         log.info("%s is verified before it is served from its blob directly", cached.object_id.path)
         try:
+            before = await self._offload.disk(self._blobs.tier.stat, cached.name)
             bad = await self.verify_object(cached, lambda count: None)
             for index in bad:
                 await self._space.drop_chunk(cached, index)
             if not bad:
-                await self._reseal(cached)
+                await self._reseal(cached, before)
         finally:
             self._verifying.discard(cached.object_id)
 
-    async def _reseal(self, cached: CachedObject) -> None:
-        """Every chunk was just checked: the blob as it is now is the sealed one."""
+    async def _reseal(self, cached: CachedObject, before: BlobStat | None) -> None:
+        """Every chunk was just checked: the blob is the sealed one, if it still looks as it did before the check."""
         generation = cached.generation
         stat = await self._offload.disk(self._blobs.tier.stat, cached.name)
+        if cached.generation != generation or cached.dropping is not None:
+            return
         if stat is None or stat.size != cached.object_id.size:
             await self._space.drop(cached)
             return
-        if cached.generation != generation or not cached.complete:
+        if not cached.complete:
+            return
+        if stat != before:
+            cached.suspect = False  # its seal does not fit: the next open has it verified again
             return
         cached.seal = Seal(stat, self._committer.epoch)
         cached.suspect = False
@@ -146,6 +155,7 @@ class Sealing:
         `progress` is called with the bytes of each chunk that was read.
         """
         bad: list[int] = []
+        self._blobs.files.forget(cached.name)  # a descriptor may be of another file than the one of that name now
         cached.busy += 1
         try:
             for index in range(cached.chunks):
@@ -203,15 +213,16 @@ class Sealing:
             progress(done, max(total, done))
 
         for cached in chosen:
+            before = await self._offload.disk(self._blobs.tier.stat, cached.name)
             wrong = await self.verify_object(cached, advance)
             bad.extend(ChunkKey(cached.object_id, index) for index in wrong)
             if repair or rebuild:
-                before = cached.present
+                present = cached.present
                 for index in wrong:
                     await self._space.drop_chunk(cached, index)
-                dropped += before - cached.present
+                dropped += present - cached.present
             if not wrong and cached.complete and (cached.suspect or cached.seal is None):
-                await self._reseal(cached)
+                await self._reseal(cached, before)
         return VerifyReport(len(chosen), chunks, done, tuple(bad), dropped, dropped_records, deleted_blobs)
 
     async def sweep(self, *, dry_run: bool) -> tuple[int, int, int]:

@@ -161,7 +161,7 @@ def unmount_device(major_minor: str, *, as_root: bool) -> list[str]:
     gone = []
     failure: CachefsError | None = None
     for mount in reversed(read_mounts()):
-        if mount.major_minor == major_minor:
+        if mount.major_minor == major_minor and mount.fstype == FSTYPE:
             try:
                 unmount(mount.mountpoint, as_root=as_root)
                 gone.append(mount.mountpoint)

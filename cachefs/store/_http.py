@@ -10,6 +10,7 @@ import http.client
 import re
 import ssl
 import threading
+import time
 import urllib.request
 import xml.etree.ElementTree as ET
 from collections import deque
@@ -28,6 +29,8 @@ FIRST_PIECE_BYTES = MIB // 8
 PIECE_BYTES = MIB
 """A READ of the kernel's: a reader of a whole file wakes at once for each. Fewer wake-ups are less work."""
 IDLE_CONNECTIONS_MAX = 64
+IDLE_SECONDS_MAX = 15.0
+"""Stores close idle connections after about 20 s, and firewalls forget them without a word."""
 LIST_BYTES_MAX = 32 * MIB
 """1000 keys of 1024 bytes, each byte written as %XX, twice over, are 6 MB."""
 ERROR_BYTES_MAX = 64 * 1024
@@ -53,7 +56,7 @@ class S3Client:
     """Thread-safe; connections are kept and used again."""
 
     def __init__(self, service: Service) -> None:
-        self._idle: deque[http.client.HTTPConnection] = deque()
+        self._idle: deque[tuple[http.client.HTTPConnection, float]] = deque()
         self._lock = threading.Lock()
         self._closed = False
         self._service = service
@@ -172,8 +175,11 @@ class S3Client:
     def connection(self, timeout_s: float) -> tuple[http.client.HTTPConnection, bool]:
         """An open connection, and whether it was used before (then the store may have closed it meanwhile)."""
         with self._lock:
-            idle = self._idle.pop() if self._idle else None
-        if idle is not None and idle.sock is not None:
+            idle, kept_s = self._idle.pop() if self._idle else (None, 0.0)
+        if idle is not None and time.monotonic() - kept_s > IDLE_SECONDS_MAX:
+            idle.close()
+            self.forget_idle()  # the others are older
+        elif idle is not None and idle.sock is not None:
             set_timeout(idle.sock, timeout_s)
             return idle, True
         return connect(self._endpoint.netloc, self._proxy, self._tls, timeout_s), False
@@ -182,7 +188,7 @@ class S3Client:
         """Takes back a connection whose answer was read to its end."""
         with self._lock:
             if not self._closed and len(self._idle) < IDLE_CONNECTIONS_MAX:
-                self._idle.append(connection)
+                self._idle.append((connection, time.monotonic()))
                 return
         connection.close()
 
@@ -190,7 +196,7 @@ class S3Client:
         """Closes all idle connections: one of them was dead, so the others are likely to be."""
         with self._lock:
             idle, self._idle = self._idle, deque()
-        for connection in idle:
+        for connection, _ in idle:
             connection.close()
 
     def __del__(self) -> None:
@@ -259,7 +265,8 @@ class _Exchange:
             raise self._client.error_for(self.response, self._where)
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        whole = error is None and self.response.isclosed() and not self.response.will_close
+        answered = error is None or (isinstance(error, CachefsError) and self.response.length == 0)
+        whole = answered and self.response.isclosed() and not self.response.will_close
         self.response.close()
         if whole:
             self._client.keep(self._connection)

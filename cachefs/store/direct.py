@@ -14,8 +14,13 @@ from cachefs.store._http import S3Client, Service
 from cachefs.store._s3 import RawPage, S3Store
 
 ATTEMPTS = 5
-BACKOFF_SECONDS = 0.1
-"""Before the second attempt, then twice as much each time; a part between half and all of it, by chance."""
+BACKOFF_SECONDS = 0.05
+"""Before the second attempt, then twice as much each time; any part of it, by chance (a reader may be waiting).
+An answer that was cut goes on at once: that is no sign of a store that has too much to do."""
+
+QUIET_SECONDS = (3.0, 6.0)
+"""How long the first attempts wait for a byte; the ones after them wait for all that is left of `get_timeout_s`. A
+connection that died without a word, or an answer that is far behind all others, is asked for again after 3 s."""
 
 RETRY_TOKENS = 64.0
 """Retries that all readers of a store may take at a time. One that fails is gone, one that helps comes back."""
@@ -95,11 +100,13 @@ class DirectStore(S3Store):
             base = so_far.base = so_far.filled
             try:
                 left_s = self._get_timeout_s - (time.monotonic() - so_far.heard_s)
-                self._client.get_into(buffer[base:], object_id, start + base, stop, so_far, max(left_s, 0.001))
+                quiet_s = QUIET_SECONDS[attempt] if attempt < len(QUIET_SECONDS) else left_s
+                timeout_s = max(min(left_s, quiet_s), 0.001)
+                self._client.get_into(buffer[base:], object_id, start + base, stop, so_far, timeout_s)
             except (StoreUnavailable, AccessDenied) as error:
                 # A 403 is looked at twice: it may be the credentials' service that failed, which passes.
                 last = attempt == (1 if isinstance(error, AccessDenied) else ATTEMPTS - 1)
-                pause_s = BACKOFF_SECONDS * 2**attempt * random.uniform(0.5, 1)
+                pause_s = 0.0 if so_far.filled > base else BACKOFF_SECONDS * 2**attempt * random.random()
                 over_s = so_far.heard_s + self._get_timeout_s
                 if so_far.given_up or last or time.monotonic() + pause_s >= over_s or not self._budget.take():
                     raise

@@ -61,7 +61,7 @@ ISOLATE = (
 def test_container_of_uid_1000_reads_on_while_driver_and_server_are_restarted(bare_node: NodeUnderTest) -> None:
     runc = shutil.which("runc")
     if runc is None:
-        if os.environ.get("CACHEFS_CSI_REQUIRED") == "1":
+        if os.environ.get("CSI_TOOLS_REQUIRED") == "1":
             pytest.fail("runc is missing: make setup-csi")
         pytest.skip("runc is missing: make setup-csi")
     node = bare_node

@@ -26,7 +26,7 @@ def test_endpoint_as_the_kubelet_sees_it(bare_node: NodeUnderTest) -> None:
 def test_refused_registration_ends_the_driver_so_that_it_is_started_again(node: NodeUnderTest) -> None:
     stub = registration_pb2_grpc.RegistrationStub(node.channel(node.registration_dir / SOCKET_NAME))
     status = registration_pb2.RegistrationStatus(plugin_registered=False, error="bad\nversion")
-    stub.NotifyRegistrationStatus(status, timeout=60)
+    stub.NotifyRegistrationStatus(status, timeout=60, wait_for_ready=True)
     assert node.driver is not None
     assert node.driver.wait(60) == 1
     assert "bad\\nversion" in node.log.read_text()
@@ -119,5 +119,5 @@ def test_cachefs_csi_hands_its_flags_on(bare_node: NodeUnderTest) -> None:
     node = bare_node
     node.start_driver("--json", program=("-m", "cachefs.cli", "csi"))
     assert (node.state_dir / "publications").is_dir()
-    assert '"level": "info"' in node.log.read_text()
+    poll(lambda: '"level": "info"' in node.log.read_text(), "a JSON line in the log")
     assert node.stop_driver() == 0

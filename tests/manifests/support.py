@@ -17,7 +17,7 @@ Document = dict[str, Any]
 
 def package(name: str) -> Any:
     """A Python package of `make setup-csi`; skips visibly, fails where CI says that it must be there."""
-    if os.environ.get("CACHEFS_CSI_REQUIRED") == "1":
+    if os.environ.get("CSI_TOOLS_REQUIRED") == "1":
         return importlib.import_module(name)
     return pytest.importorskip(name, reason=f"{name} is missing: make setup-csi")
 
@@ -28,7 +28,7 @@ def tool(name: str) -> str:
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is not None:
         return found
-    if os.environ.get("CACHEFS_CSI_REQUIRED") == "1":
+    if os.environ.get("CSI_TOOLS_REQUIRED") == "1":
         pytest.fail(f"{name} is missing: make setup-csi")
     pytest.skip(f"{name} is missing: make setup-csi")
 

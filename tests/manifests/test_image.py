@@ -14,7 +14,7 @@ from tests.manifests.support import REPOSITORY, tool
 
 @pytest.fixture(scope="module")
 def rootfs() -> Path:
-    path = os.environ.get("CACHEFS_IMAGE_ROOTFS")
+    path = os.environ.get("IMAGE_ROOTFS")
     if path is None:
         pytest.skip("no image: make test-image")
     return Path(path)
@@ -31,7 +31,6 @@ def run(rootfs: Path, bundle: Path, script: str) -> subprocess.CompletedProcess[
         {"destination": "/proc", "type": "proc", "source": "proc"},
         {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=64k"]},
         {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "mode=1777"]},
-        {"destination": "/csi", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "mode=1777"]},
     ]
     config = {
         "ociVersion": "1.0.2",
@@ -66,11 +65,12 @@ def test_command_line_works_in_the_image(rootfs: Path, tmp_path: Path) -> None:
 
 def test_controller_serves_in_the_image(rootfs: Path, tmp_path: Path) -> None:
     script = """
-        cachefs csi --mode=controller --endpoint=unix:///csi/csi.sock --log-format=json &
+        cachefs csi --mode=controller --endpoint=unix:///tmp/csi.sock --log-format=json &
+        driver=$!
         n=0
-        until cachefs csi --check=ready --endpoint=unix:///csi/csi.sock; do n=$((n+1)); [ $n -lt 40 ]; sleep 0.25; done
-        kill %1
-        wait %1
+        until cachefs csi --check=ready --endpoint=unix:///tmp/csi.sock; do n=$((n+1)); [ $n -lt 40 ]; sleep 0.25; done
+        kill $driver
+        wait $driver
         echo served
     """
     done = run(rootfs, tmp_path, script)

@@ -65,6 +65,7 @@ class Mounted:
             "bind_timeout_s": 3600.0,
             **server,
         }
+        self.server_module = "cachefs.daemon"
         self.keeper_pid = 0
         self.first_server_pid = 0
 
@@ -86,7 +87,7 @@ class Mounted:
         os.environ["PYTHONPATH"] = os.fspath(REPOSITORY)
         if not self.as_root:
             self.mountpoint.mkdir(exist_ok=True)
-        started = start_keeper(self.config(), timeout_s=DEADLINE_S)
+        started = start_keeper(self.config(), server_module=self.server_module, timeout_s=DEADLINE_S)
         self.keeper_pid, self.first_server_pid = started.keeper_pid, started.server_pid
 
     def call(self, method: str, **params: Any) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.keeper_support import TinyMount, needs_root_mount
+from tests.mount.keeper_support import TinyMount, needs_root_mount, wait_until
 
 pytestmark = needs_root_mount
 
@@ -49,6 +49,7 @@ def test_second_file_for_one_inode_is_refused_and_the_same_again_is_the_same_id(
 def test_nonsense_from_a_server_does_not_end_the_keeper(tiny: TinyMount) -> None:
     tiny.start()
     keeper = tiny.keeper_pid()
+    tiny.command("close_backing", 0)  # answered by the keeper: it is done with the start
     before = len(os.listdir(f"/proc/{keeper}/fd"))
     for _ in range(3):
         tiny.command("nonsense")
@@ -56,4 +57,5 @@ def test_nonsense_from_a_server_does_not_end_the_keeper(tiny: TinyMount) -> None
     assert tiny.keeper_pid() == keeper
     assert "sent nonsense" in tiny.log()
     assert "not a server's to say" in tiny.log()
-    assert len(os.listdir(f"/proc/{keeper}/fd")) == before
+    # It answers before it closes what it was sent.
+    wait_until(lambda: len(os.listdir(f"/proc/{keeper}/fd")) == before, "closed descriptors")
