@@ -3,9 +3,11 @@
 import concurrent.futures
 import os
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
 from tests.csi.support import Kubelet, NodeUnderTest, poll
@@ -147,10 +149,49 @@ def test_another_principals_secret_is_not_enough(cluster: Cluster) -> None:
     target = cluster.publish(kubelet, "pod-1", "llama-0", namespace="team-a")
     wrong = {**cluster.secrets, "AWS_SECRET_ACCESS_KEY": "PLANTED-wrong-secret"}
     place = kubelet.target("pod-2")
-    with pytest.raises(Exception, match=r"PERMISSION_DENIED|UNAUTHENTICATED"):
+    with pytest.raises(grpc.RpcError, match=r"PERMISSION_DENIED|UNAUTHENTICATED"):
         kubelet.publish("vol-2", place, attributes=cluster.attributes("llama-0"), secrets=wrong, namespace="team-b")
     assert not place.exists()
     assert "PLANTED" not in cluster.real.log("server.log") + node.log.read_text()
     kubelet.unpublish("vol-2", place)
     kubelet.unpublish("vol-pod-1", target)
+    node.assert_clean()
+
+
+def test_publishes_and_unpublishes_survive_a_server_that_keeps_dying(cluster: Cluster) -> None:
+    node = cluster.node
+    models = sorted(MODELS)
+    kills_left = threading.Semaphore(0)
+
+    def again(call: Callable[[], object]) -> None:
+        """As the kubelet does."""
+
+        def tried() -> bool:
+            try:
+                call()
+            except grpc.RpcError as exc:
+                if exc.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                    raise
+                return False
+            return True
+
+        poll(tried, "the kubelet's call succeeds")
+
+    def one(number: int) -> None:
+        kubelet = node.kubelet()
+        model = models[number % len(models)]
+        target = kubelet.target(f"pod-{number}")
+        again(lambda: cluster.publish(kubelet, f"pod-{number}", model))
+        kills_left.release()
+        again(lambda: cluster.publish(kubelet, f"pod-{number}", model))
+        assert (target / "model.safetensors").read_bytes() == MODELS[model]
+        again(lambda: kubelet.unpublish(f"vol-pod-{number}", target))
+        assert not target.exists()
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        done = pool.map(one, range(12))
+        for _ in range(3):
+            assert kills_left.acquire(timeout=60)
+            cluster.real.kill_server()
+        list(done)
     node.assert_clean()
