@@ -12,7 +12,14 @@ from pathlib import Path
 
 import msgspec
 
-from cachefs.config import MountConfig, encode
+from cachefs.config import (
+    CREDENTIALS_FD_MIN,
+    CREDENTIALS_FD_VARIABLE,
+    MountConfig,
+    encode,
+    without_credentials,
+    write_credentials,
+)
 from cachefs.errors import CachefsError, StateBusy, UsageError, WorkFailed
 from cachefs.kernel.mounts import check_mountpoint, recover_dead_mount
 from cachefs.kernel.process import python_command
@@ -51,6 +58,7 @@ def start_keeper(
         command.append("--foreground")
     else:
         log = open_log(config.server.state_dir)
+    credentials = _credentials()
     try:
         process = subprocess.Popen(
             command,
@@ -58,7 +66,8 @@ def start_keeper(
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            pass_fds=[ready_for_keeper],
+            env={**without_credentials(os.environ), CREDENTIALS_FD_VARIABLE: str(credentials)},
+            pass_fds=[ready_for_keeper, credentials],
             start_new_session=not foreground,
         )
     except OSError as exc:
@@ -66,6 +75,7 @@ def start_keeper(
         raise WorkFailed(f"cannot start the keeper: {exc}") from exc
     finally:
         os.close(ready_for_keeper)
+        os.close(credentials)
         if log is not None:
             os.close(log)
     try:
@@ -83,6 +93,16 @@ def start_keeper(
     if foreground and "error" in line:
         process.wait()
     return _started(line, process if foreground else None, config)
+
+
+def _credentials() -> int:
+    """A new memfd with the secrets of the environment, for servers: the keeper starts without them."""
+    memory_fd = os.memfd_create("cachefs-credentials", os.MFD_CLOEXEC)
+    try:
+        write_credentials(memory_fd, os.environ)
+        return fcntl.fcntl(memory_fd, fcntl.F_DUPFD_CLOEXEC, CREDENTIALS_FD_MIN)
+    finally:
+        os.close(memory_fd)
 
 
 def open_log(state_dir: Path) -> int:
