@@ -13,6 +13,7 @@ help:
 	@echo 'make soak         the long forms of the tests: hundreds of kills'
 	@echo 'make bench        cold and warm against the peers (about an hour; bench-quick: some minutes, no figures to keep)'
 	@echo 'make bench-warm   warm reads only'
+	@echo 'make test-csi     csi-sanity, grpcurl and the tests of driver and manifests, with the tools they need'
 	@echo 'make clean        removes what these commands made, .venv included'
 
 setup:
@@ -51,3 +52,5 @@ clean:
 	rm -rf .venv .setup build dist *.egg-info bench-data .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	rm -f cachefs/_fuseshim*.so
 	find cachefs tests benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +
+
+-include csi.mk

@@ -5,7 +5,6 @@ mount is what serving costs.
 """
 
 import json
-import mmap
 import os
 import queue
 import resource
@@ -17,6 +16,7 @@ from pathlib import Path
 import lmdb
 import xxhash
 
+from cachefs.buffers import Buffer
 from cachefs.chunk import CHUNK_BYTES, ObjectId, chunk_count, chunk_length
 from cachefs.config import VolumeConfig
 from cachefs.store import Store
@@ -38,8 +38,8 @@ class Loop:
         self._environment = lmdb.open(str(work / "index"), map_size=1 << 30, metasync=False)
         self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[int, bytes] | BaseException] = queue.SimpleQueue()
-        # Page-aligned, as O_DIRECT wants it, touched before the first use and used again for every chunk.
-        self._buffers = [memoryview(mmap.mmap(-1, CHUNK_BYTES)) for _ in range(CONNECTIONS)]
+        # The cache's own, touched before the first use and used again for every chunk.
+        self._buffers = [Buffer(CHUNK_BYTES).view for _ in range(CONNECTIONS)]
         for buffer in self._buffers:
             buffer[:] = bytes(CHUNK_BYTES)
 

@@ -112,9 +112,9 @@ class ChunkCache:
             await trio.sleep(TOUCH_SECONDS)
             await self._committer.persist_access_times()
 
-    async def drain(self) -> None:
-        """At shutdown, before run() is cancelled: let fills in flight end (5 s at most), commit, note a clean end."""
-        with trio.move_on_after(DRAIN_SECONDS):
+    async def drain(self, fills_s: float = DRAIN_SECONDS) -> None:
+        """At shutdown, before run() is cancelled: fills in flight end (`fills_s` at most), commit, note a clean end."""
+        with trio.move_on_after(fills_s):
             await self._fills.drained()
         with trio.move_on_after(DRAIN_SECONDS):
             await self._committer.flush()
@@ -159,16 +159,16 @@ class ChunkCache:
                     return data
                 continue
             if fill is None:
-                fill = self._fills.start(store, cached, span.index, Want.DEMAND)
-            if fill.has(span.stop):
+                fill = self._fills.start(store, cached, span.index, Want.DEMAND, first=span.start)
+            if fill.has(span):
                 data = self._take(fill, span)
                 self._fills.settle(fill, cached)
                 return data
             fill.readers += 1
             try:
                 with patience.limit():
-                    await fill.wait(span.stop)
-                if fill.has(span.stop):
+                    await fill.wait(span)
+                if fill.has(span):
                     return self._take(fill, span)
             finally:
                 fill.readers -= 1

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from cachefs import __version__, cli_data, cli_mount, output
+from cachefs import __version__, cli_csi, cli_data, cli_mount, cli_node, output
 from cachefs.cli_context import Command
 from cachefs.errors import CachefsError
 
@@ -61,6 +61,9 @@ server_options = _stack(
 @click.version_option(__version__, message="cachefs %(version)s")
 def group() -> None:
     """A read-through cache file system for model files in object stores."""
+
+
+group.add_command(cli_csi.csi)
 
 
 @group.command()
@@ -170,7 +173,7 @@ def ls(source: str | None, **flags: Any) -> None:
             output.human_bytes(item["size_bytes"]),
             f"{100 * item['local_bytes'] // max(item['size_bytes'], 1)}%" if item["size_bytes"] else "100%",
             ",".join(word for word in ("sealed", "pinned", "open") if item[word]) or "-",
-            f"{item['source'].rstrip('/')}/{item['path'].lstrip('/')}",
+            item["url"],
         )
         for item in found["objects"]
     ]
@@ -195,7 +198,7 @@ def _simple(name: str, help: str, say: Callable[[dict[str, Any]], str]) -> None:
 
 def _say_evicted(result: dict[str, Any]) -> str:
     lines = [f"evicted {result['evicted_objects']} objects, {output.human_bytes(result['evicted_bytes'])}"]
-    lines += [f"stays ({item['reason']}): {item['path']}" for item in result["skipped"]]
+    lines += [f"stays ({item['reason']}): {output.printable(item['path'])}" for item in result["skipped"]]
     return "\n".join(lines)
 
 
@@ -221,7 +224,7 @@ def verify(source: str | None, repair: bool, rebuild: bool, **flags: Any) -> Non
         size = output.human_bytes(result["bytes"])
         click.echo(f"{result['objects']} objects, {result['chunks']} chunks, {size}: {len(result['bad'])} bad")
         for item in result["bad"]:
-            click.echo(f"bad: {item['source']} {item['path']} chunk {item['chunk']}")
+            click.echo(f"bad: {output.printable(item['url'])} chunk {item['chunk']}")
     if result["bad"] and not (repair or rebuild):
         raise SystemExit(1)
 
@@ -255,6 +258,21 @@ def logs(lines: int, **flags: Any) -> None:
             click.echo(line)
 
 
+@group.command()
+@click.option("--node-dir", metavar="DIR", required=True, help="The keeper's: root, run and cache are in it.")
+@click.option("--allow-endpoint", metavar="URL", multiple=True, help="An endpoint that volumes may name (repeatable).")
+@click.option("--allow-node-credentials", is_flag=True, help="Volumes without credentials may use this server's own.")
+@click.option("--sts-endpoint", metavar="URL", help="Where service account tokens are changed into keys.")
+@server_options
+@common
+def serve(**flags: Any) -> None:
+    """Serve a node's volumes to the CSI driver (in a Kubernetes pod, as an unprivileged user). Runs until SIGTERM."""
+    cli_node.serve(flags)
+
+
+group.add_command(cli_node.keeper)
+
+
 @group.group()
 def config() -> None:
     """The settings."""
@@ -282,6 +300,13 @@ def main() -> None:
     """Exit codes: 0 done, 1 the work failed, 2 the request was wrong or cannot be met."""
     try:
         group.main(prog_name="cachefs", standalone_mode=False)
+    except click.UsageError as exc:
+        if isinstance(exc, click.exceptions.NoArgsIsHelpError):
+            exc.show()
+        else:
+            command = exc.ctx.command_path if exc.ctx is not None else "cachefs"
+            click.echo(f"cachefs: {exc.format_message().rstrip('.')}: see `{command} --help`", err=True)
+        sys.exit(exc.exit_code)
     except click.ClickException as exc:
         exc.show()
         sys.exit(exc.exit_code)

@@ -39,6 +39,8 @@ def work(
             return client.call(command.runtime_dir, method, everything, on_progress=show, timeout_s=None)
         except ServerGone:
             pass
+        if _is_coming_up(command, deadline):
+            continue  # not directly: that would hold the lock that the next server waits for, and its readers
         if not create and not command.state_dir.is_dir():
             raise UsageError(f"there is no cache in {command.state_dir}: give its place with --state-dir")
         try:
@@ -48,6 +50,21 @@ def work(
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
+
+
+def _is_coming_up(command: Command, deadline: float) -> bool:
+    """Whether no server answers but a keeper lives, which starts one. Raises StateBusy when that takes too long."""
+    from cachefs.launch import is_supervised
+
+    if not is_supervised(command.runtime_dir):
+        return False
+    if time.monotonic() > deadline:
+        raise StateBusy(
+            f"the server of {command.state_dir} does not answer, and its keeper lives: see "
+            f"{command.state_dir}/log/server.log, or unmount with `cachefs umount --all --lazy`"
+        )
+    time.sleep(0.05)
+    return True
 
 
 def _directly(command: Command, method: str, params: Mapping[str, Any], show: Show) -> Any:
@@ -80,19 +97,25 @@ def _directly(command: Command, method: str, params: Mapping[str, Any], show: Sh
 
 def status(command: Command) -> dict[str, Any]:
     """The server's status; without a server, what lies in the state directory."""
-    try:
-        answer: dict[str, Any] = client.call(command.runtime_dir, "status")
-    except ServerGone:
-        answer = {
-            "server": None,
-            "keeper": None,
-            "volumes": [],
-            "tiers": [],
-            "cache": {"hit_bytes": 0, "miss_bytes": 0},
-        }
-        if command.state_dir.is_dir():
-            with contextlib.suppress(StateBusy):  # a long command without a server: it says nothing meanwhile
-                answer["tiers"] = work(command, "tiers", None, {})
+    deadline = time.monotonic() + BUSY_S
+    while True:
+        try:
+            answer: dict[str, Any] = client.call(command.runtime_dir, "status")
+        except ServerGone:
+            if not _is_coming_up(command, deadline):
+                break
+        else:
+            return answer
+    answer = {
+        "server": None,
+        "keeper": None,
+        "volumes": [],
+        "tiers": [],
+        "cache": {"hit_bytes": 0, "miss_bytes": 0},
+    }
+    if command.state_dir.is_dir():
+        with contextlib.suppress(StateBusy):  # a long command without a server: it says nothing meanwhile
+            answer["tiers"] = work(command, "tiers", None, {})
     return answer
 
 
@@ -108,9 +131,7 @@ def print_status(found: dict[str, Any]) -> None:
         )
     for volume in found["volumes"]:
         more = "" if volume["listing_complete"] else ", not all directories listed yet"
-        click.echo(
-            f"{volume['source']} on {', '.join(volume['mountpoints']) or '(not mounted yet)'} ({volume['mode']})"
-        )
+        click.echo(f"{volume['source']} on {', '.join(volume['mountpoints']) or '(no mount point)'} ({volume['mode']})")
         click.echo(
             f"  {human_bytes(volume['bytes_local'])} of {human_bytes(volume['bytes_total'])} local, "
             f"{volume['objects_sealed']} of {volume['objects_total']} objects sealed{more}"

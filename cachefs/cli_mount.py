@@ -55,12 +55,14 @@ def mount(command: Command, source: str, mountpoint: str, *, foreground: bool) -
 
     volume = command.volume_config(source)
     server = command.server_config()
+    if not mountpoint or "\0" in mountpoint:
+        raise UsageError(f"{mountpoint!r} is no mount point: give an empty directory")
     place = Path(os.path.realpath(mountpoint))
     check_places(server, place)
     made = [path for path in (server.state_dir, server.runtime_dir) if not path.exists()]
-    make_state_dir(server.state_dir)
-    _make_runtime_dir(server.runtime_dir, command.uid)
     try:
+        make_state_dir(server.state_dir)
+        _make_runtime_dir(server.runtime_dir, command.uid)
         busy = f"another mount on {server.state_dir} (process {{holder}}) does not end: see its log"
         with file_lock(server.runtime_dir / "mount.lock", wait_s=MOUNT_LOCK_S, busy=busy):
             recover_dead_mount(place)
@@ -101,7 +103,12 @@ def _make_runtime_dir(runtime_dir: Path, uid: int) -> None:
             raise UsageError(
                 f"{runtime_dir} belongs to user {found.st_uid}: set XDG_RUNTIME_DIR to a directory of yours"
             )
-        runtime_dir.chmod(0o700)
+        if found.st_mode & 0o077:
+            if any(runtime_dir.iterdir()):  # /tmp or /run must not become 0700
+                raise UsageError(
+                    f"{runtime_dir} is open to other users: choose a directory of mode 0700, or an empty one"
+                )
+            runtime_dir.chmod(0o700)
     except OSError as exc:
         raise UsageError(f"{runtime_dir} cannot be made ({exc.strerror}): set XDG_RUNTIME_DIR") from exc
 

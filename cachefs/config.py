@@ -24,6 +24,8 @@ class VolumeConfig(msgspec.Struct, frozen=True, kw_only=True):
     exclude: tuple[str, ...] = ()
     uid: int = 0
     gid: int = 0
+    principal: str = ""
+    """Node mode: a digest of who asked, and with whose key; listings are shared by the same principal only."""
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +70,34 @@ class MountConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Each volume is a directory under the FUSE root and bind-mounted; else the one volume is the FUSE root."""
     session: str
     """Random; the same for every server of one mount, another at the next mount."""
+
+
+class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What `cachefs serve` hands to its supervisor, and that to every server process: node mode (docs of the driver).
+
+    Credentials are never in here: principals give them with each volume.
+    """
+
+    server: ServerConfig
+    keeper_socket: Path
+    keeper_uid: int = 0
+    """Whom the socket must belong to (SO_PEERCRED)."""
+    allow_endpoints: tuple[str, ...] = ()
+    """Endpoints that volumes may name, as scheme://host[:port]; without one they get the region's own."""
+    allow_node_credentials: bool = False
+    """Volumes without credentials of their own may use this server's chain."""
+    sts_endpoint: str | None = None
+    """Where tokens are changed into keys; None: AWS's, of the volume's region."""
+
+
+def encode_node(config: NodeConfig) -> bytes:
+    """JSON, for a memfd."""
+    return msgspec.json.encode(config, enc_hook=str)
+
+
+def decode_node(data: bytes) -> NodeConfig:
+    """The inverse of encode_node()."""
+    return msgspec.json.decode(data, type=NodeConfig, dec_hook=lambda kind, value: kind(value))
 
 
 def encode(config: MountConfig) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import trio
 
-from cachefs.cache import ChunkCache
+from cachefs.cache import DRAIN_SECONDS, ChunkCache
 from cachefs.cached import ObjectRecord, Pin
 from cachefs.chunk import ObjectId, chunk_count, chunk_length
 from cachefs.config import ServerConfig, VolumeConfig
@@ -80,6 +80,8 @@ class Core:
         self.metrics = metrics
         self.volumes: dict[str, Volume] = {}
         """By name; the server adds and removes them."""
+        self.drain_s = DRAIN_SECONDS
+        """How long the end waits for fills in flight."""
         self._stores: dict[VolumeConfig, Store] = {}
 
     def open_store(self, config: VolumeConfig) -> Store:
@@ -173,6 +175,7 @@ class Core:
             {
                 "source": record.object.source,
                 "path": record.object.path,
+                "url": object_url(record.object),
                 "version": record.object.version,
                 "size_bytes": record.object.size,
                 "local_bytes": record.local_bytes,
@@ -311,7 +314,15 @@ class Core:
             "objects": report.objects,
             "chunks": report.chunks,
             "bytes": report.bytes,
-            "bad": [{"path": key.object.path, "source": key.object.source, "chunk": key.index} for key in report.bad],
+            "bad": [
+                {
+                    "path": key.object.path,
+                    "source": key.object.source,
+                    "url": object_url(key.object),
+                    "chunk": key.index,
+                }
+                for key in report.bad
+            ],
             "dropped_chunks": report.dropped_chunks,
             "dropped_records": report.dropped_records,
             "deleted_blobs": report.deleted_blobs,
@@ -321,6 +332,12 @@ class Core:
         """Delete what nothing refers to."""
         builtins: dict[str, Any] = msgspec.to_builtins(await self.cache.gc(dry_run))
         return builtins
+
+
+def object_url(object_id: ObjectId) -> str:
+    """What names it on the command line: the identity without its endpoint (`s3://bucket@http://host`)."""
+    scheme, _, rest = object_id.source.partition("://")
+    return f"{scheme}://{rest.partition('@')[0] if scheme == 's3' else rest}/{object_id.path}"
 
 
 def _pin_id(source: Source) -> str:
@@ -340,7 +357,7 @@ async def open_core(config: ServerConfig, metrics: Metrics, *, session: str) -> 
             free_fraction_min=config.free_fraction_min,
         )
         cache = ChunkCache(index=index, tier=tier, offload=offload, metrics=metrics, config=config, clock=time.time)
-        snapshots = Snapshots(index, offload, time.time, session=session, offline=config.offline)
+        snapshots = Snapshots(index, offload, time.time, session=session, offline=config.offline, metrics=metrics)
         core = Core(config, index=index, tier=tier, offload=offload, cache=cache, snapshots=snapshots, metrics=metrics)
         await cache.recover()
         async with trio.open_nursery() as nursery:
@@ -350,7 +367,7 @@ async def open_core(config: ServerConfig, metrics: Metrics, *, session: str) -> 
                 yield core
             finally:
                 with trio.CancelScope(shield=True):
-                    await cache.drain()
+                    await cache.drain(core.drain_s)
                 nursery.cancel_scope.cancel()
     finally:
         if core is not None:

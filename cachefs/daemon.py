@@ -1,9 +1,11 @@
-"""The server: `python -m cachefs.daemon FD`, started by the keeper. Builds everything, owns nursery and signals.
+"""The server: `python -m cachefs.daemon FD`, started by the keeper, or `--node FD`, started by the supervisor of node
+mode. Builds everything, owns nursery and signals.
 
 It always resumes: the keeper hands it a session, and the first start differs only in that the volumes are probed.
 It ends in this order: FUSE, prefetch, fills in flight, index.
 """
 
+import faulthandler
 import functools
 import logging
 import os
@@ -19,7 +21,9 @@ from cachefs.errors import CachefsError, WorkFailed
 from cachefs.ledger import Ledger
 from cachefs.link import KeeperLink
 from cachefs.metrics import Metrics, serve_metrics
+from cachefs.node_link import NodeLink
 from cachefs.notifier import Notifier
+from cachefs.publications import Publications
 from cachefs.server import Server
 from cachefs.state import remember_size, state_lock
 from cachefs.tree import Tree
@@ -28,17 +32,28 @@ from cachefs.vfs import Vfs
 LOCK_WAIT_S = 10.0
 """A server that was killed may take so long to let go of the state directory (its threads finish a write)."""
 
+HAND_OVER_DRAIN_S = 0.2
+"""Readers wait during a hand-over: fills that a slow store would hold up are given up, the next server starts them."""
+
+NODE_LOCK_WAIT_S = 60.0
+"""The server that this one replaces drains until then."""
+
+NOT_ON_NODES = ("volume_add", "volume_remove", "upgrade", "stop")
+"""Requests of a local mount: on a node volumes are published, and the mount is the keeper's."""
+
 log = logging.getLogger("cachefs.daemon")  # __name__ is "__main__" here
 
 
 def main(arguments: list[str]) -> int:
     """Exit code 0: unmounted or handed over; 2: the first start failed and was reported; 1: restart me."""
-    link = KeeperLink.receive(int(arguments[0]))
+    link = NodeLink.begin(int(arguments[1])) if arguments[0] == "--node" else KeeperLink.receive(int(arguments[0]))
     server = link.session.config.server
     logs.set_up(server.state_dir, server.log_level, server.log_format)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)  # where a server that hangs hangs
     log.info("server %d of this mount starts (keeper %d)", link.session.generation, link.session.keeper_pid)
     try:
-        with state_lock(server.state_dir, wait_s=LOCK_WAIT_S if link.session.generation else 0.0):
+        with state_lock(server.state_dir, wait_s=_lock_wait_s(link)):
             remember_size(server.state_dir, server.cache_bytes_max)
             trio.run(functools.partial(_run, link), restrict_keyboard_interrupt_to_checkpoints=True)
     except BaseException as exc:
@@ -56,6 +71,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _lock_wait_s(link: KeeperLink) -> float:
+    if isinstance(link, NodeLink):
+        return NODE_LOCK_WAIT_S
+    return LOCK_WAIT_S if link.session.generation else 0.0
+
+
 async def _run(link: KeeperLink) -> None:
     session = link.session
     config = session.config
@@ -64,29 +85,52 @@ async def _run(link: KeeperLink) -> None:
     async with open_core(config.server, metrics, session=config.session) as core:
         tree = Tree(core.index, core.offload, core.snapshots, volumes_at_root=config.as_root)
         notifier = Notifier(session.fuse_fd)
-        vfs = Vfs(tree=tree, cache=core.cache, notifier=notifier, link=link, ledger=ledger, metrics=metrics)
+        vfs = Vfs(
+            tree=tree,
+            cache=core.cache,
+            notifier=notifier,
+            link=link,
+            ledger=ledger,
+            metrics=metrics,
+            private_root=isinstance(link, NodeLink),  # pods get binds; whose volume is whose is between them
+        )
         server = Server(core=core, tree=tree, link=link, ledger=ledger, vfs=vfs, metrics=metrics)
-        await _serve(link, core, tree, notifier, vfs, server)
+        await _serve(link, core, tree, notifier, vfs, server, ledger)
     # The index is closed: whoever waits for the lock finds all in order.
 
 
-async def _serve(link: KeeperLink, core: Core, tree: Tree, notifier: Notifier, vfs: Vfs, server: Server) -> None:
+async def _serve(
+    link: KeeperLink, core: Core, tree: Tree, notifier: Notifier, vfs: Vfs, server: Server, ledger: Ledger
+) -> None:
     config = link.session.config
     stop = trio.Event()
+
+    def told_to_stop() -> None:
+        if link.stop_kind == "hand_over":
+            core.drain_s = HAND_OVER_DRAIN_S
+        stop.set()
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_signals, link.request_unmount)
-        nursery.start_soon(link.run, stop.set)
+        nursery.start_soon(_signals, functools.partial(_end, link, stop))
+        nursery.start_soon(link.run, told_to_stop)
         await nursery.start(tree.run)
         nursery.start_soon(notifier.run)
         await server.add_first_volumes()
+        methods = dict(server.methods())
+        if isinstance(link, NodeLink):
+            publications = Publications(core=core, tree=tree, link=link, ledger=ledger)
+            await nursery.start(publications.run)
+            methods = {name: method for name, method in methods.items() if name not in NOT_ON_NODES}
+            methods |= publications.methods()
         await nursery.start(vfs.run)
         if config.server.metrics is not None:
             host, _, port = config.server.metrics.rpartition(":")
             await nursery.start(serve_metrics, server.exposition, host.strip("[]"), int(port))
         ended = trio.Event()
         await nursery.start(_serve_fuse, vfs, link, stop, ended)
-        await nursery.start(control.serve, config.server.runtime_dir, server.methods())
-        nursery.start_soon(server.watch_binds)
+        await nursery.start(control.serve, config.server.runtime_dir, methods)
+        if not isinstance(link, NodeLink):
+            nursery.start_soon(server.watch_binds)
         link.ready()
         log.info("serving %d volumes", len(core.volumes))
         await ended.wait()
@@ -106,12 +150,20 @@ async def _serve_fuse(
     ended.set()
 
 
-async def _signals(request_unmount: Callable[[], None]) -> None:
-    """SIGTERM and SIGINT: the keeper unmounts and ends us both."""
+def _end(link: KeeperLink, stop: trio.Event) -> None:
+    if isinstance(link, NodeLink):
+        link.stop_kind = "hand_over"
+        stop.set()
+    else:
+        link.request_unmount()
+
+
+async def _signals(end: Callable[[], None]) -> None:
+    """SIGTERM and SIGINT: the keeper unmounts and ends us both; on a node only this server ends."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as numbers:
         async for number in numbers:
-            log.info("%s: unmounting", signal.Signals(number).name)
-            request_unmount()
+            log.info("%s: ending", signal.Signals(number).name)
+            end()
 
 
 if __name__ == "__main__":

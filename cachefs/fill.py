@@ -36,7 +36,11 @@ _NOBODY = sys.maxsize
 
 
 class Fill:
-    """`length` is the chunk's, in bytes. `arrived` counts the bytes that readers may have."""
+    """`length` is the chunk's, in bytes. `arrived` counts the bytes that readers may have.
+
+    With `split` (not 0) the bytes from there on are fetched first, by a GET of their own, for a reader who came for
+    the end of the object; `tail_arrived` counts those.
+    """
 
     def __init__(self, store: Store, object_id: ObjectId, index: int, length: int, token: trio.lowlevel.TrioToken):
         self.store = store
@@ -46,6 +50,8 @@ class Fill:
         self.phase = Phase.QUEUED
         self.buffer: Buffer | None = None
         self.arrived = 0
+        self.split = 0
+        self.tail_arrived = 0
         self.error: CachefsError | None = None
         self.fetched = False
         """The bytes came from the store, not from the blob."""
@@ -65,7 +71,7 @@ class Fill:
         self.abandoned = False
         self.first_byte_s: float | None = None
         self._token = token
-        self._waiting: list[tuple[int, trio.Event]] = []
+        self._waiting: list[tuple[ChunkSpan, trio.Event]] = []
         self._done = trio.Event()
         self._wake_at = _NOBODY
         self._wake_pending = False
@@ -74,12 +80,24 @@ class Fill:
 
     def progress(self, count: int) -> None:
         """`count` bytes are in place. Raises StoreUnavailable when nobody wants the rest (the cache shuts down)."""
+        self._alive()
+        # Order matters: `arrived` before the look at `_wake_at`; wait() sets `_wake_at` before its look at `arrived`.
+        self.arrived = count
+        self._wake_for(count)
+
+    def tail_progress(self, count: int) -> None:
+        """The same for the bytes from `split` on."""
+        self._alive()
+        self.tail_arrived = count
+        self._wake_for(self.split + count)
+
+    def _alive(self) -> None:
         if self.abandoned:
             raise StoreUnavailable("the fetch was given up: the cache shuts down")
         if self.first_byte_s is None:
             self.first_byte_s = time.monotonic()
-        # Order matters: `arrived` before the look at `_wake_at`; wait() sets `_wake_at` before its look at `arrived`.
-        self.arrived = count
+
+    def _wake_for(self, count: int) -> None:
         if count >= self._wake_at and not self._wake_pending:
             self._wake_pending = True
             self._token.run_sync_soon(self._wake)
@@ -89,26 +107,31 @@ class Fill:
     def _wake(self) -> None:
         self._wake_pending = False
         over = self.phase is Phase.FAILED or self.phase is Phase.KEPT
-        ready = [event for stop, event in self._waiting if over or stop <= self.arrived]
-        self._waiting = [(stop, event) for stop, event in self._waiting if not (over or stop <= self.arrived)]
-        self._wake_at = min((stop for stop, _ in self._waiting), default=_NOBODY)
-        for event in ready:
-            event.set()
+        waiting, self._waiting = self._waiting, []
+        for span, event in waiting:
+            if over or self._arrived(span):
+                event.set()
+            else:
+                self._waiting.append((span, event))
+        self._wake_at = min((span.stop for span, _ in self._waiting), default=_NOBODY)
 
-    def has(self, stop: int) -> bool:
-        return self.buffer is not None and self.phase is not Phase.FAILED and self.arrived >= stop
+    def _arrived(self, span: ChunkSpan) -> bool:
+        return span.stop <= self.arrived or 0 < self.split <= span.start <= span.stop <= self.split + self.tail_arrived
 
-    async def wait(self, stop: int) -> None:
-        """Until has(stop), or the fill failed, or its buffer was given up. The caller looks which."""
+    def has(self, span: ChunkSpan) -> bool:
+        return self.buffer is not None and self.phase is not Phase.FAILED and self._arrived(span)
+
+    async def wait(self, span: ChunkSpan) -> None:
+        """Until has(span), or the fill failed, or its buffer was given up. The caller looks which."""
         event = trio.Event()
-        self._waiting.append((stop, event))
+        self._waiting.append((span, event))
         try:
-            self._wake_at = min(self._wake_at, stop)
-            if self.arrived >= stop or self.phase in (Phase.FAILED, Phase.KEPT):
+            self._wake_at = min(self._wake_at, span.stop)
+            if self._arrived(span) or self.phase in (Phase.FAILED, Phase.KEPT):
                 event.set()
             await event.wait()
         finally:
-            self._waiting = [(at, other) for at, other in self._waiting if other is not event]
+            self._waiting = [(wanted, other) for wanted, other in self._waiting if other is not event]
 
     async def wait_done(self) -> None:
         """Until the chunk is kept, or known not to be, or the fill failed."""
@@ -116,7 +139,7 @@ class Fill:
 
     def restart(self) -> None:
         """The bytes so far cannot be trusted: the same buffer is filled once more."""
-        self.arrived = 0
+        self.arrived = self.tail_arrived = 0
 
     def full(self) -> None:
         self.arrived = self.length
@@ -138,7 +161,7 @@ class Fill:
     def take(self, span: ChunkSpan) -> memoryview:
         """The bytes of a span that has arrived, valid until the caller's next await."""
         assert self.buffer is not None
-        assert self.arrived >= span.stop
+        assert self._arrived(span)
         self.served_bytes += span.length
         if span.stop == self.length:
             self.consumed = True

@@ -173,7 +173,7 @@ def _entry(attributes: Attributes) -> pyfuse3.EntryAttributes:
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = attributes.inode
     if attributes.is_directory:
-        entry.st_mode = stat.S_IFDIR | 0o555
+        entry.st_mode = stat.S_IFDIR | (0o500 if attributes.private else 0o555)
         entry.st_nlink = 2
     else:
         entry.st_mode = stat.S_IFREG | 0o444

@@ -23,7 +23,7 @@ from cachefs.config import decode
 from cachefs.errors import CachefsError, StateBusy, UsageError, WorkFailed
 from cachefs.kernel import mounts, wire
 from cachefs.kernel.backing import BackingRefused, Backings, trusted_program
-from cachefs.kernel.newmount import hold_lock, mount, warn_about_timeouts
+from cachefs.kernel.newmount import hold_lock, mount, serving_descriptor, warn_about_timeouts
 from cachefs.kernel.process import how_it_ended, kill, log, peer_credentials, python_command, spawn
 from cachefs.kernel.session import (
     Message,
@@ -66,7 +66,7 @@ class Keeper:
         self._starts = 0
         self._failures = 0
         self._restart_at_s = math.inf
-        self._no_service_since_s = time.monotonic()
+        self._no_service_since_s = time.monotonic()  # not reset by a server that a resent request ends at once
         self._next_python = ""  # an upgrade waits for the old server to end
         self._last_python = ""  # an upgrade's new server is not ready yet; this is what to go back to
         self._stopping = False
@@ -84,8 +84,7 @@ class Keeper:
         server.ready = self._session.server_ready
         self._server = server
         self._starts = 1
-        if server.ready:
-            self._no_service_since_s = math.inf
+        server.send(Message("adopted"))
 
     def run(self) -> int:
         """Until the mount and the server have ended."""
@@ -138,7 +137,7 @@ class Keeper:
         ours, theirs = packet_pair()
         memory_fd = pack_session(session)
         log_fd = os.dup(2)
-        serving_fd = self._serving_descriptor()
+        serving_fd = serving_descriptor(session)
         try:
             if not session.foreground:
                 os.close(log_fd)
@@ -162,19 +161,6 @@ class Keeper:
             self._server.kill_at_s = time.monotonic() + UPGRADE_READY_S
         log(f"started server {pid} (generation {session.generation}, {len(session.backings)} backing files)")
 
-    def _serving_descriptor(self) -> int:
-        """What the server reads requests from: where the kernel cannot send requests again, a clone that dies with it.
-
-        Then the requests that it had taken fail; on the keeper's own descriptor they would hang for ever.
-        """
-        session = self._session
-        if "resend" not in wire.features(session.init, self._config.server.kernel_disable):
-            try:
-                return wire.clone_device(session.fuse_fd)
-            except OSError as exc:
-                log(f"cannot clone the device ({exc.strerror}): requests that a dying server has taken will hang")
-        return os.dup(session.fuse_fd)
-
     def _start_failed(self, reason: str) -> None:
         """No server came up: roll an upgrade back, or try again later."""
         if self._last_python:
@@ -194,7 +180,7 @@ class Keeper:
         server.close_socket()
         os.close(server.pidfd)
         self._server = None
-        if server.ready:
+        if server.ready and time.monotonic() - server.started_s > STEADY_S:
             self._no_service_since_s = time.monotonic()
         if self._stopping or not wire.is_connected(self._session.fuse_fd):
             self._finish()
@@ -227,7 +213,6 @@ class Keeper:
         server.ready = True
         server.kill_at_s = math.inf
         self._served = True
-        self._no_service_since_s = math.inf
         log(f"server {server.pid} is ready after {time.monotonic() - server.started_s:.2f} s")
         self._report({"ok": True, "keeper_pid": os.getpid(), "server_pid": server.pid})
         if self._last_python:
@@ -354,7 +339,8 @@ class Keeper:
         if server is None and now_s >= self._restart_at_s:
             self._start_server()
         give_up_s = self._config.server.keeper_give_up_s
-        if not self._stopping and now_s - self._no_service_since_s > give_up_s:
+        serves = server is not None and server.ready
+        if not self._stopping and not serves and now_s - self._no_service_since_s > give_up_s:
             log(f"no server for {give_up_s:.0f} s: aborting the mount, so that nobody hangs on it")
             self._exit_status = 1
             mounts.abort(self._session.device, self._config.mountpoint, as_root=os.geteuid() == 0)
@@ -483,9 +469,9 @@ def take_over(link_fd: int) -> int:
         sock = socket.socket(fileno=link[0])
     session.keeper_pid = os.getpid()
     session.python = session.python or sys.executable
+    lock_fd = hold_lock(session.config, LOCK_TIMEOUT_S)
     keeper = Keeper(session, -1)
     keeper.adopt(Server(sock, pidfd, session.server_pid, peer_credentials(sock)[1]))
-    lock_fd = hold_lock(session.config, LOCK_TIMEOUT_S)
     log(f"took over server {session.server_pid} with {len(session.backings)} backing files")
     status = keeper.run()
     os.close(lock_fd)

@@ -22,10 +22,11 @@ LEDGER_BYTES_MIN = (_FIRST_SLOT + 1) * 8
 SLOTS_MAX = 65536
 """Inodes open at one time. More memory than for these is left unused: every start reads the whole table."""
 
-_WORD_MAGIC, _WORD_FLAGS = 0, 1
+_WORD_MAGIC, _WORD_FLAGS, _WORD_LAST = 0, 1, 2
 _FLAG_PASSTHROUGH_CHECKED = 1
 _FLAG_OVERFLOWED = 2
-_COUNT_MAX = (1 << 30) - 1
+_UNCERTAIN = 1 << 29
+_OPENS_MAX = _UNCERTAIN - 1
 
 
 class Mode(enum.IntEnum):
@@ -36,11 +37,12 @@ class Mode(enum.IntEnum):
 
 
 class OpenEntry(NamedTuple):
-    """One inode that the kernel has open `opens` times."""
+    """One inode that the kernel has open `opens` times; about so many when `uncertain`, maybe not at all."""
 
     inode: int
     mode: Mode
     opens: int
+    uncertain: bool = False
 
 
 class Ledger:
@@ -84,12 +86,19 @@ class Ledger:
     def entries(self) -> list[OpenEntry]:
         return [self._entry(slot) for slot in self._slot_of.values()]
 
-    def record(self, inode: int, mode: Mode, count: int) -> None:
-        """The kernel has `inode` open `count` times; 0 forgets it. One word, stored whole."""
+    @property
+    def last_inode(self) -> int:
+        """The inode of the last record(), 0 before the first one: see OpenFiles.adopt()."""
+        return self._words[_WORD_LAST]
+
+    def record(self, entry: OpenEntry) -> None:
+        """The kernel has this inode open so often; no opens, and certainly so, forgets it. One word, stored whole."""
+        inode = entry.inode
         assert 0 < inode < 1 << 32, inode
-        assert 0 <= count <= _COUNT_MAX, count
+        assert 0 <= entry.opens <= _OPENS_MAX, entry
+        self._words[_WORD_LAST] = inode
         slot = self._slot_of.get(inode)
-        if count == 0:
+        if entry.opens == 0 and not entry.uncertain:
             if slot is not None:
                 self._words[slot] = 0
                 del self._slot_of[inode]
@@ -100,11 +109,11 @@ class Ledger:
                 self._words[_WORD_FLAGS] |= _FLAG_OVERFLOWED
                 return
             slot = self._slot_of[inode] = self._free.pop()
-        self._words[slot] = inode << 32 | mode << 30 | count
+        self._words[slot] = inode << 32 | entry.mode << 30 | (_UNCERTAIN if entry.uncertain else 0) | entry.opens
 
     def _entry(self, slot: int) -> OpenEntry:
         word = self._words[slot]
-        return OpenEntry(word >> 32, Mode(word >> 30 & 3), word & _COUNT_MAX)
+        return OpenEntry(word >> 32, Mode(word >> 30 & 3), word & _OPENS_MAX, bool(word & _UNCERTAIN))
 
     # The self-check of passthrough, done once per mount
 

@@ -51,8 +51,13 @@ class KeeperLink:
     run() should be started before the server is ready: a keeper may die at any time.
     """
 
-    def __init__(self, sock: socket.socket, session: Session, mount_fd: int) -> None:
-        sock.setblocking(False)
+    keeper_backoff_s_max = KEEPER_BACKOFF_S_MAX
+    last_stop_kind = "unmount"
+    """After this stop no keeper is needed any more."""
+
+    def __init__(self, sock: socket.socket | None, session: Session, mount_fd: int) -> None:
+        if sock is not None:
+            sock.setblocking(False)
         self.session = session
         self._mount_fd = mount_fd  # session.fuse_fd, or what that is a clone of: this is what a keeper holds
         self.stop_kind: Literal["", "unmount", "hand_over"] = ""
@@ -63,6 +68,7 @@ class KeeperLink:
         self._questions: dict[int, _Question] = {}
         self._backings = {backing.backing_id: backing for backing in session.backings}
         self._ready = False
+        self._adopted = True
         self._unmount_wanted = False
 
     @classmethod
@@ -137,20 +143,20 @@ class KeeperLink:
 
     async def run(self, on_stop: Callable[[], None]) -> None:
         """Handle the keeper's messages until it has unmounted; start a new keeper when it dies before that."""
-        started_s = trio.current_time()
         backoff_s = 0.0
         while True:
             await self._listen(on_stop)
             await self._note_death()
-            if self.stop_kind == "unmount":
+            if self.stop_kind == self.last_stop_kind:
                 return
-            backoff_s = 0.0 if trio.current_time() - started_s > 5 else min(KEEPER_BACKOFF_S_MAX, 2 * backoff_s + 0.1)
+            # One that came as far as to supervise is replaced at once: until then this server has nobody.
+            backoff_s = 0.0 if self._adopted else min(self.keeper_backoff_s_max, 2 * backoff_s + 0.1)
+            self._adopted = False
             await trio.sleep(backoff_s)
-            started_s = trio.current_time()
             try:
                 self._start_keeper()
             except OSError as exc:
-                logger.error("cannot start a new keeper: %s", exc)
+                self._no_keeper(exc)
 
     def close(self) -> None:
         """Close the socket; a keeper takes that for the end of this server's life as a talker, not of its process."""
@@ -173,6 +179,8 @@ class KeeperLink:
             if message.kind == "stop":
                 self.stop_kind = "hand_over" if message.text == "hand_over" else "unmount"
                 on_stop()
+            elif message.kind == "adopted":
+                self._adopted = True
             elif question := self._questions.get(message.request):
                 question.answer = message
                 question.answered.set()
@@ -190,7 +198,7 @@ class KeeperLink:
                 how_it_ended(self._keeper_pidfd)
             os.close(self._keeper_pidfd)
             self._keeper_pidfd = -1
-        if self.stop_kind != "unmount":
+        if self.stop_kind != self.last_stop_kind:
             logger.warning("the keeper (pid %d) is gone: starting a new one", self.session.keeper_pid)
 
     def _start_keeper(self) -> None:
@@ -220,6 +228,9 @@ class KeeperLink:
         logger.warning("started a new keeper, pid %d", pid)
         if self._unmount_wanted:
             self._tell(Message("unmount"))
+
+    def _no_keeper(self, error: OSError) -> None:
+        logger.error("cannot start a new keeper: %s", error)
 
     def _open_log(self) -> int:
         if self.session.foreground:

@@ -27,9 +27,14 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def printable(text: str) -> str:
+    """Without control characters: keys of a store may hold line ends, and escape sequences for the terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Aligned columns; numbers to the right. Nothing is cut off, so that scripts and narrow terminals get all."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
     widths = [max(len(column) for column in columns) for columns in zip(headers, *cells, strict=True)]
     right = [bool(rows) and all(isinstance(row[at], (int, float)) for row in rows) for at in range(len(headers))]
     for line in [list(headers), *cells]:
@@ -71,19 +76,21 @@ def _plain(what: str) -> Show:
 @contextlib.contextmanager
 def _bar(what: str) -> Iterator[Show]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(what, total=None)
+        task = bars.add_task(what, total=None, rate="")
 
         def show(state: dict[str, Any]) -> None:
             bars.update(task, completed=state.get("done_bytes", 0), total=state.get("total_bytes") or None)
+            speed = bars.tasks[0].speed
+            bars.update(task, rate=f"{human_bytes(speed)}/s" if speed else "")
 
         yield show

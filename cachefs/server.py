@@ -26,6 +26,7 @@ from cachefs.work import convert, work_methods
 log = logging.getLogger(__name__)
 
 PROBE_DEADLINE_S = 60.0
+SECOND_LOOK_S = 0.05
 
 
 class ServerStopping(CachefsError):
@@ -93,7 +94,11 @@ class Server:
         changes = MountChanges()
         try:
             while True:
-                gone = self._lifetimes.update(bound_at(self._link.session.device), list(self._core.volumes))
+                gone = self._look()
+                if gone:
+                    # What is read of mountinfo while others mount is not one moment: a model never goes by one look.
+                    await trio.sleep(SECOND_LOOK_S)
+                    gone = [name for name in self._look() if name in gone]
                 in_use = self._open_views()
                 for name in gone:
                     if name not in in_use:
@@ -102,6 +107,9 @@ class Server:
                 await changes.wait(1.0 if soon else LOOK_S)
         finally:
             changes.close()
+
+    def _look(self) -> list[str]:
+        return self._lifetimes.update(bound_at(self._link.session.device), list(self._core.volumes))
 
     def _open_views(self) -> set[str]:
         """Volumes with files that are open: after a lazy unmount they are read to the end."""

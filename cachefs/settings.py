@@ -178,6 +178,8 @@ def _as_text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         if not all(isinstance(item, str) for item in value):
             raise UsageError(f"{value!r} must be a list of texts")
+        if not all(item.strip() for item in value):
+            raise UsageError("an empty text matches nothing: leave it out")
         return ",".join(value)
     if isinstance(value, (str, int, float, Path)):
         return str(value)

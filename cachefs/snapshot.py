@@ -91,6 +91,8 @@ class Volume:
     def listing_prefix(self) -> bytes:
         """16 bytes: the source and whose credentials list it. Keys of its listings start with them."""
         parts = [self.store.identity, self.store.url, self.config.profile or "", self.config.anonymous]
+        if self.config.principal:
+            parts.append(self.config.principal)
         return hashlib.blake2b(msgspec.json.encode(parts), digest_size=16).digest()
 
     def shows(self, directory: str, entry: Entry) -> bool:
@@ -236,6 +238,27 @@ class Snapshots:
             return volume.filtered(directory, held[1])
         stored = self._index.get(Table.LISTINGS, key)
         return None if stored is None else volume.filtered(directory, _as_listing(self._decoder.decode(stored)))
+
+    def peek_now(self, volume: Volume, directory: str) -> Listing | None:
+        """What this session has frozen; never asks the store."""
+        key = self._key(volume, directory)
+        held = self._memory.get(key)
+        if held is None:
+            stored = self._index.get(Table.LISTINGS, key)
+            listing = None if stored is None else _as_listing(self._decoder.decode(stored))
+            if listing is None or listing.session != self._session:
+                return None
+        else:
+            listing = held[1]
+        return volume.filtered(directory, listing)
+
+    def is_stale(self, volume: Volume) -> bool:
+        """Whether a directory of the volume is shown from a listing of an earlier session."""
+        return any(
+            listing.session != self._session
+            for key, (_, listing) in self._memory.items()
+            if key.startswith(volume.listing_prefix)
+        )
 
     def object_id(self, volume: Volume, directory: str, entry: Entry) -> ObjectId:
         """The ObjectId of a file's entry."""

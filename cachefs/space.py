@@ -164,6 +164,7 @@ class Space:
         dropping = cached.dropping = trio.Event()
         writes = cached.delete()
         cached.clear()
+        self._hook("evict:begun")
         self.release_held(cached)
         self._blobs.files.forget(cached.name)
         try:

@@ -3,19 +3,29 @@
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import trio
 
 from cachefs.chunk import ObjectId, chunk_spans
-from cachefs.errors import CachefsError, IsADirectory, NotADirectory, NotFound, ObjectChanged, ReadOnly, StaleInode
+from cachefs.errors import (
+    AccessDenied,
+    CachefsError,
+    IsADirectory,
+    NotADirectory,
+    NotFound,
+    ObjectChanged,
+    ReadOnly,
+    StaleInode,
+)
 from cachefs.kernel.wire import features
 from cachefs.ledger import Ledger, Mode
 from cachefs.link import KeeperLink
 from cachefs.metrics import Metrics
 from cachefs.notifier import Notifier
 from cachefs.openfiles import OpenFiles, OpenInode, inode_of, passthrough_handle
-from cachefs.passthrough import SELF_CHECK_INODE, SWEEP_INTERVAL_S, BackingReplaced, Passthrough, unavailable_reason
+from cachefs.passthrough import SELF_CHECK_INODE, BackingReplaced, Passthrough, unavailable_reason
 from cachefs.prefetch import Prefetcher
 from cachefs.store import Store
 from cachefs.tree import ROOT_INODE, Node, Tree
@@ -29,6 +39,9 @@ REFRESH_INTERVAL_S = 1.0
 REFRESH_WAIT_S = 10.0
 """How long a READ that met a changed object waits for the new listing before it fails: whoever opens the file
 again finds the new version. Longer, and the error would be late for nothing."""
+
+SETTLE_INTERVAL_S = 2.0
+"""Between two looks at what an earlier server left, while there is any."""
 
 BLOCK_BYTES = 4096
 NAME_BYTES_MAX = 255
@@ -71,6 +84,8 @@ class Attributes(NamedTuple):
     uid: int
     gid: int
     lasting: bool = True
+    private: bool = False
+    """For its owner only."""
 
 
 class Opened(NamedTuple):
@@ -88,7 +103,7 @@ class FileSystemUsage(NamedTuple):
 
 
 class Vfs:
-    """One FUSE file system over the tree and the cache. Call adopt() before the first request, and run run()."""
+    """One FUSE file system over the tree and the cache. Run run(), then adopt(), before the first request."""
 
     def __init__(
         self,
@@ -99,11 +114,15 @@ class Vfs:
         link: KeeperLink,
         ledger: Ledger,
         metrics: Metrics,
+        private_root: bool = False,
     ) -> None:
+        """`private_root`: nobody on this machine but root and this user reaches the volumes from the FUSE root."""
+        self._private_root = private_root
         self._tree = tree
         self._cache = cache
         self._notifier = notifier
         self._config = link.session.config
+        self._root_path = Path(link.session.root_path or self._config.mountpoint)
         disabled = self._config.server.kernel_disable
         reason = unavailable_reason(
             masked="passthrough" in disabled, offered="passthrough" in features(link.session.init, disabled)
@@ -126,19 +145,21 @@ class Vfs:
     # Life
 
     def adopt(self, *, extension_built: bool) -> None:
-        """Take over what an earlier server of this mount had open. The volumes must be in the tree."""
+        """Take over what an earlier server of this mount had open. The volumes must be in the tree, run() must run."""
         if not extension_built:
             self._passthrough.disable("the extension module _fuseshim is not built")
         if self._ledger.passthrough_checked:
             self._passthrough.believe()
         nodes: dict[int, Node | None] = {}
-        for entry in self._ledger.entries():
+        for entry in self._files.inherited():
             try:
                 nodes[entry.inode] = self._tree.node(entry.inode)
             except CachefsError as exc:
                 logger.info("inode %d is open, but of no volume that is mounted: %s", entry.inode, exc)
                 nodes[entry.inode] = None
         self._files.adopt(nodes)
+        assert self._nursery is not None
+        self._nursery.start_soon(self._settle_inherited)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """The tasks behind the requests, until cancelled."""
@@ -146,8 +167,6 @@ class Vfs:
             self._nursery = nursery
             self._cache.on_sealed = self.on_sealed
             nursery.start_soon(self._prefetcher.run)
-            if self._passthrough.has_inherited():
-                nursery.start_soon(self._sweep_backings)
             task_status.started()
             try:
                 await trio.sleep_forever()
@@ -158,7 +177,7 @@ class Vfs:
         """See Passthrough.check(). Nothing more is done once it worked in this mount."""
         assert self._nursery is not None
         directory = self._config.server.state_dir / "blobs"
-        await self._passthrough.check(self._config.mountpoint, directory, self._nursery)
+        await self._passthrough.check(self._root_path, directory, self._nursery)
         if self._passthrough.enabled:
             self._ledger.note_passthrough_checked()
 
@@ -171,21 +190,28 @@ class Vfs:
         """Whether sealed files are read by the kernel itself, and if not, why."""
         return self._passthrough.enabled, [self._passthrough.reason] if self._passthrough.reason else []
 
-    async def _sweep_backings(self) -> None:
-        while self._passthrough.has_inherited():
-            await trio.sleep(SWEEP_INTERVAL_S)
+    async def _settle_inherited(self) -> None:
+        """What an earlier server left: counts that a kill made uncertain, backing ids that nobody uses any more.
+
+        Only the kernel knows: it never forgets an inode that is open.
+        """
+        while self._passthrough.has_inherited() or self._files.uncertain():
+            await trio.sleep(SETTLE_INTERVAL_S)
+            for state in self._files.uncertain():
+                opened_total = state.opened_total
+                if not await self._is_known(state.inode):
+                    self._files.settle(state, opened_total)
             await self._passthrough.give_back_idle(lambda inode: self._files.get(inode) is not None)
 
     async def _is_known(self, inode: int) -> bool:
-        """Whether the kernel has this inode. If so, its name is forgotten: unless it is in use, it is gone next time."""
+        """Whether the kernel has this inode. Its name is forgotten then, so that an unused one is gone next time."""
         if not await self._notifier.is_known(inode):
             return False
         try:
             node = self._tree.node(inode)
         except CachefsError:
             return True
-        if not node.superseded:
-            self._notifier.forget_entry(node.parent, os.fsencode(node.name))
+        self._notifier.forget_entry(node.parent, os.fsencode(node.name))
         return True
 
     # Names
@@ -208,6 +234,8 @@ class Vfs:
         return self._attributes(self._tree.node(inode))
 
     def _attributes(self, node: Node) -> Attributes:
+        if not node.view and self._private_root:
+            return Attributes(node.inode, True, 0, 0, os.geteuid(), os.getegid(), private=True)
         uid = gid = 0
         if node.view:
             config = self._tree.volume(node.view).config
@@ -282,7 +310,7 @@ class Vfs:
     async def _backing_for(self, state: OpenInode, node: Node) -> int | None:
         """The backing id to answer an OPEN with, None for cached mode. Holds the inode's lock."""
         assert node.object_id is not None
-        is_open = state.opens > 0
+        is_open = state.is_open
         if is_open and state.mode is Mode.CACHED:
             if self._passthrough.enabled and not node.superseded and self._cache.is_sealed(node.object_id):
                 self._publish_anew(state)  # it was sealed before this server came; the next open has it better
@@ -303,10 +331,13 @@ class Vfs:
         if inode == SELF_CHECK_INODE:
             return
         state = self._files.release(handle)
-        if state is None or state.mode is not Mode.PASSTHROUGH:
-            return
-        async with self._files.using(inode, state.node) as again:
-            if again.opens == 0:
+        if state is not None and state.mode is Mode.PASSTHROUGH:
+            # Not here: a server that was killed before the answer would count this RELEASE again.
+            self._start(self._close_backing, inode)
+
+    async def _close_backing(self, inode: int) -> None:
+        async with self._files.using(inode, None) as state:
+            if not state.is_open:
                 await self._passthrough.closed(inode)
 
     # Read
@@ -340,7 +371,13 @@ class Vfs:
         except trio.WouldBlock:
             await waiting.acquire()
         try:
-            data = await self._cache.read(store, object_id, offset, length)
+            try:
+                data = await self._cache.read(store, object_id, offset, length)
+            except AccessDenied:
+                if not self._tree.volume(node.view).config.principal:
+                    raise
+                # It may be the answer to another principal, whose fill was joined: now with our own credentials.
+                data = await self._cache.read(store, object_id, offset, length)
             self._misses.inc()
             return data
         except (ObjectChanged, NotFound) as exc:

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+CHECK_TIMEOUT_S = 10.0
+
 
 class _JsonLines(logging.Formatter):
     """One JSON document per line; never a traceback, whose text may hold what a request carried."""
@@ -44,9 +46,28 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--allow-endpoint", action="append", default=[], help="endpoint for ephemeral volumes")
     flags.add_argument("--allow-node-credentials", action="store_true", help="persistent volumes use the server's own")
     flags.add_argument("--tokens-from-context", action="store_true", help="before serviceAccountTokenInSecrets")
+    flags.add_argument("--check", choices=("live", "ready"), help="ask the running driver; exit 0: it is")
     flags.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     flags.add_argument("--log-format", choices=("text", "json"), default="text")
     return flags
+
+
+def _check(endpoint: str, what: str) -> int:
+    """For probes of a container: 0 the driver answers (`ready`: and can publish), 1 it does not."""
+    import grpc
+
+    from csi.spec import csi_pb2, csi_pb2_grpc
+
+    with grpc.insecure_channel(endpoint, options=(("grpc.default_authority", "localhost"),)) as channel:
+        try:
+            answer = csi_pb2_grpc.IdentityStub(channel).Probe(csi_pb2.ProbeRequest(), timeout=CHECK_TIMEOUT_S)
+        except grpc.RpcError as exc:
+            print(f"cachefs csi: the driver does not answer ({exc.code().name})", file=sys.stderr)
+            return 1
+    if what == "ready" and not answer.ready.value:
+        print("cachefs csi: the driver waits for the server", file=sys.stderr)
+        return 1
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,6 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     args = parser().parse_args(arguments)
     _set_up_logging(args.log_level, args.log_format)
+    if args.check is not None:
+        return _check(args.endpoint, args.check)
     from cachefs.errors import CachefsError
     from csi.options import Policy
     from csi.service import Driver, DriverConfig
@@ -79,12 +102,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         driver = Driver(config)
+        # Before it listens: whoever sees the socket may already send a signal.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: driver.stop())
         driver.start()
     except CachefsError as exc:
         print(f"cachefs csi: {exc}", file=sys.stderr)
         return exc.exit_code
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: driver.stop())
     return driver.wait()
 
 

@@ -3,6 +3,7 @@
 from csi.capability import EXCLUSIVE_MODES, check_capability, check_volume_id
 from csi.failure import BadRequest
 from csi.publisher import Publisher, PublishRequest
+from csi.redact import MESSAGE_CHARS_MAX
 from csi.rpc import rpc
 from csi.server import VolumeStats
 from csi.spec import csi_pb2, csi_pb2_grpc
@@ -76,5 +77,6 @@ def _stats(stats: VolumeStats) -> csi_pb2.NodeGetVolumeStatsResponse:
         csi_pb2.VolumeUsage(unit=unit, total=total, used=min(used, total), available=max(0, total - used))
         for unit, total, used in usages
     ]
-    condition = csi_pb2.VolumeCondition(abnormal=stats.condition.abnormal, message=stats.condition.message or "healthy")
+    message = " ".join(stats.condition.message.split())[:MESSAGE_CHARS_MAX] or "healthy"
+    condition = csi_pb2.VolumeCondition(abnormal=stats.condition.abnormal, message=message)
     return csi_pb2.NodeGetVolumeStatsResponse(usage=usage, volume_condition=condition)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import msgspec
 
 from csi.credentials import choose_credentials
-from csi.failure import BadRequest, Conflict, Failure, NotAllowedNow, TooSlow, Unknown, Unreachable
+from csi.failure import BadRequest, Conflict, Failure, Full, NotAllowedNow, TooSlow, Unknown, Unreachable
 from csi.locks import KeyLocks
 from csi.mounts import Targets
 from csi.options import Policy, VolumeOptions, parse_options
@@ -26,6 +26,8 @@ MOUNT_FLAGS = frozenset({"ro", "rw", "nosuid", "nodev", "noexec", "noatime", "re
 UNCERTAIN = (Unreachable, TooSlow)
 """After these the server may have done the work or may still do it."""
 TIDY_INTERVAL_S = 5.0
+"""While the server has to be told of something; else TIDY_RARELY_S."""
+TIDY_RARELY_S = 600.0
 STATS_KEPT_MAX = 4096
 
 
@@ -46,18 +48,29 @@ class PublishRequest(msgspec.Struct, frozen=True, kw_only=True):
 class Publisher:
     """The node's publications. Thread-safe."""
 
-    def __init__(self, *, records: Publications, targets: Targets, server: ServerApi, policy: Policy) -> None:
+    def __init__(
+        self, *, records: Publications, targets: Targets, server: ServerApi, policy: Policy, publishes_max: int
+    ) -> None:
         self._records = records
         self._targets = targets
         self._server = server
         self._policy = policy
         self._locks = KeyLocks()
+        self._publishes = threading.BoundedSemaphore(publishes_max)
         self._last_stats: dict[str, VolumeStats] = {}
         self._wake = threading.Event()
         self._stopped = False
 
     def publish(self, request: PublishRequest) -> None:
         """Mount the volume at the target. Any Failure; the same call may be made again after each."""
+        if not self._publishes.acquire(blocking=False):
+            raise Full("too many publishes are in progress")
+        try:
+            self._publish(request)
+        finally:
+            self._publishes.release()
+
+    def _publish(self, request: PublishRequest) -> None:
         target = self._targets.normal(request.target)
         digest = arguments_digest(
             request.volume_id, request.context, request.access_mode, request.mount_flags, request.readonly
@@ -250,10 +263,10 @@ class Publisher:
             self._leave(record)
 
     def run_tidy(self) -> None:
-        """Until stop(): at start, then every TIDY_INTERVAL_S while something waits for the server."""
+        """Until stop(): at start, then by the clock."""
         waiting = self.tidy()
         while not self._stopped:
-            self._wake.wait(TIDY_INTERVAL_S if waiting else None)
+            self._wake.wait(TIDY_INTERVAL_S if waiting else TIDY_RARELY_S)
             if not self._stopped:
                 self._wake.clear()
                 waiting = self.tidy()

@@ -49,7 +49,15 @@ volume_stats {key}  ->  {bytes_total, bytes_local, objects_total, objects_sealed
 probe {}  ->  {ready: bool, version: str}
     ready: the FUSE root is mounted and served.
 
-The server keeps published keys (not their credentials) over its own restarts.
+The server keeps published keys (not their credentials) over its own restarts. It listens as its own user from the
+start: SO_PEERCRED tells who called listen(2), not who serves now.
+
+Paths of a node (`--node-dir NODE`, /var/lib/cachefs in the manifests):
+    NODE/root       the FUSE root, mounted by the keeper with allow_other; it stays when the last volume is unpublished,
+                    and binds in other mount namespaces are not the server's to see
+    NODE/run        0700, the server's user: control.sock, and the socket between keeper and server
+    NODE/cache      the server's state directory
+    NODE/csi        the driver's records
 """
 
 import socket

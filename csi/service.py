@@ -25,7 +25,10 @@ from csi.spec import csi_pb2_grpc, registration_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-WORKERS = 32
+WORKERS = 128
+"""Threads are made as needed. Publishes may take PUBLISHES_MAX of them, so that one hung store never keeps an unpublish
+waiting."""
+PUBLISHES_MAX = 96
 CALLS_MAX = 256
 """More at once are refused with RESOURCE_EXHAUSTED; the kubelet comes again."""
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
@@ -89,7 +92,11 @@ class Driver:
         if config.mode != "controller":
             targets = Targets(config.kubelet_dir, config.mount_root, self._kernel)
             self._publisher = Publisher(
-                records=self.make_records(), targets=targets, server=self._server, policy=config.policy
+                records=self.make_records(),
+                targets=targets,
+                server=self._server,
+                policy=config.policy,
+                publishes_max=PUBLISHES_MAX,
             )
             csi_pb2_grpc.add_NodeServicer_to_server(Node(self._publisher, config.node_id), server)
         if config.mode != "node":

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from cachefs.errors import CachefsError, UsageError
+from cachefs.kernel.session import receive_descriptors
 
 FSTYPE = "fuse.cachefs"
 MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
@@ -127,10 +128,9 @@ def mount_by_fusermount(mountpoint: Path, *, allow_other: bool) -> int:
         if done.returncode:
             raise UsageError(f"cannot mount at {mountpoint}: {_one_line(done.stderr)}")
         theirs.close()
-        _, descriptors, _, _ = socket.recv_fds(ours, 16, 1)
+        _, descriptors, _ = receive_descriptors(ours, 16)
     if not descriptors:
         raise UsageError(f"cannot mount at {mountpoint}: fusermount3 sent no descriptor")
-    os.set_inheritable(descriptors[0], False)
     os.set_blocking(descriptors[0], False)
     return descriptors[0]
 
@@ -192,7 +192,9 @@ def abort(major_minor: str, mountpoint: Path | str, *, as_root: bool) -> bool:
     return True
 
 
-def recover_dead_mount(mountpoint: Path | str, *, unsupervised: bool = False) -> list[str]:
+def recover_dead_mount(
+    mountpoint: Path | str, *, unsupervised: bool = False, probe_timeout_s: float = PROBE_TIMEOUT_S
+) -> list[str]:
     """Unmount what a cachefs whose keeper and server both died left at this directory, binds included.
 
     Does nothing when no cachefs mount is there or it answers. With `unsupervised` (the caller knows that neither
@@ -201,17 +203,19 @@ def recover_dead_mount(mountpoint: Path | str, *, unsupervised: bool = False) ->
     mount = find_mount(mountpoint)
     if mount is None or mount.fstype != FSTYPE:
         return []
-    state = probe(mountpoint)
+    state = probe(mountpoint, probe_timeout_s)
     if state == "alive" or (state == "hangs" and not unsupervised):
         return []
     as_root = os.geteuid() == 0
+    found = [one.mountpoint for one in read_mounts() if one.major_minor == mount.major_minor]
     if state == "hangs" and not abort(mount.major_minor, mountpoint, as_root=as_root):
         return []
-    return unmount_device(mount.major_minor, as_root=as_root)
+    unmount_device(mount.major_minor, as_root=as_root)
+    return found  # a forced umount has already taken one of them
 
 
-def probe(mountpoint: Path | str) -> str:
-    """Whether a mount is "alive", "dead" (its connection is closed) or "hangs" (no answer in PROBE_TIMEOUT_S).
+def probe(mountpoint: Path | str, timeout_s: float = PROBE_TIMEOUT_S) -> str:
+    """Whether a mount is "alive", "dead" (its connection is closed) or "hangs" (no answer in time).
 
     By statvfs, which the kernel never answers from a cache, and in a process of its own: one that waits for a hung
     server may be unkillable.
@@ -220,7 +224,7 @@ def probe(mountpoint: Path | str) -> str:
     command = [sys.executable, "-I", "-S", "-c", script, str(mountpoint)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        number = process.wait(PROBE_TIMEOUT_S)
+        number = process.wait(timeout_s)
     except subprocess.TimeoutExpired:
         process.kill()
         try:

@@ -12,6 +12,7 @@ from cachefs.kernel.session import Session
 
 INIT_TIMEOUT_S = 10.0
 LEDGER_BYTES = 4 << 20
+LEDGER_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 def mount(config: MountConfig, *, python: str, server_module: str, foreground: bool) -> Session:
@@ -37,8 +38,7 @@ def mount(config: MountConfig, *, python: str, server_module: str, foreground: b
         raise UsageError(f"cannot mount at {config.mountpoint}: {exc}") from exc
     if "readahead" not in config.server.kernel_disable and not mounts.raise_readahead(found.major_minor):
         log("read_ahead_kb stays at the kernel's default: not allowed to raise it")
-    ledger_fd = os.memfd_create("cachefs-ledger", os.MFD_CLOEXEC)
-    os.ftruncate(ledger_fd, LEDGER_BYTES)
+    ledger_fd = make_ledger()
     used = sorted(wire.features(init, config.server.kernel_disable))
     log(f"mounted {config.mountpoint} (device {found.major_minor}, FUSE 7.{request.minor}: {', '.join(used)})")
     return Session(
@@ -55,6 +55,27 @@ def mount(config: MountConfig, *, python: str, server_module: str, foreground: b
         python=python,
         foreground=foreground,
     )
+
+
+def make_ledger() -> int:
+    """The memory file that all servers of a mount share; its size cannot change, so mapping it is never SIGBUS."""
+    ledger_fd = os.memfd_create("cachefs-ledger", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(ledger_fd, LEDGER_BYTES)
+    fcntl.fcntl(ledger_fd, fcntl.F_ADD_SEALS, LEDGER_SEALS | fcntl.F_SEAL_SEAL)
+    return ledger_fd
+
+
+def serving_descriptor(session: Session) -> int:
+    """What a server reads requests from: where the kernel cannot send requests again, a clone that dies with it.
+
+    Then the requests that it had taken fail; on the keeper's own descriptor they would hang for ever.
+    """
+    if "resend" not in wire.features(session.init, session.config.server.kernel_disable):
+        try:
+            return wire.clone_device(session.fuse_fd)
+        except OSError as exc:
+            log(f"cannot clone the device ({exc.strerror}): requests that a dying server has taken will hang")
+    return os.dup(session.fuse_fd)
 
 
 def hold_lock(config: MountConfig, timeout_s: float) -> int:

@@ -9,8 +9,8 @@ import os
 
 
 def main() -> None:
-    """Until the server is gone."""
-    while message := _next():
+    """Until the server is gone: its end shows as an empty read, or as an error when an answer was not read yet."""
+    while message := _next_message():
         number = 0
         try:
             os.write(3, message)
@@ -22,11 +22,10 @@ def main() -> None:
             return
 
 
-def _next() -> bytes:
-    """The next notification; empty when the server is gone."""
+def _next_message() -> bytes:
     try:
         return os.read(0, 4096)
-    except ConnectionResetError:  # killed with an answer unread
+    except ConnectionError:
         return b""
 
 

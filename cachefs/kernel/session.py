@@ -4,9 +4,9 @@ A session is too large for a packet once there are many backing files (a packet 
 buffer, 208 KiB by default), so it travels in a memfd.
 """
 
+import array
 import os
 import socket
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -17,12 +17,12 @@ from cachefs.config import MountConfig, VolumeConfig
 
 MESSAGE_BYTES_MAX = 65536
 DESCRIPTORS_MAX = 8
-INT = struct.Struct("i")
 SESSION_BYTES_MAX = 256 * 1024 * 1024
 """A million backing files are about 150 MB; more than this is not a session."""
 
 Kind = Literal[
     "session",  # keeper -> server at its start, server -> keeper at a takeover
+    "hello",  # node mode, server -> keeper: give me the session (text "serving": I serve one); offers what it holds
     "ready",  # server: I serve
     "failed",  # server: I cannot serve (text, exit_code)
     "register",  # server: a backing file (request, node, object_key) with its descriptor
@@ -34,6 +34,7 @@ Kind = Literal[
     "unmount",  # server: unmount and end us both
     "upgrade",  # server: hand over to this interpreter (request, text)
     "upgrading",  # keeper: (request); a stop follows
+    "adopted",  # keeper, after a takeover: I supervise you now
     "stop",  # keeper: end; text says "unmount" or "hand_over"
 ]
 
@@ -71,6 +72,8 @@ class Session(msgspec.Struct):
     python: str = ""
     """The interpreter that servers of this mount are started with."""
     foreground: bool = False
+    root_path: str = ""
+    """Where this server process finds the FUSE root; "": at config.mountpoint. Not the keeper's to say."""
     upgrade_result: str = ""
     """What came of the last upgrade: "" (there was none), "ok", or why it was rolled back."""
 
@@ -98,7 +101,7 @@ def send_message(sock: socket.socket, message: Message, descriptors: Sequence[in
     """Send one packet. BlockingIOError: the buffer is full; BrokenPipeError, ConnectionError: the peer is gone."""
     data = msgspec.json.encode(message)
     assert len(data) <= MESSAGE_BYTES_MAX
-    socket.send_fds(sock, [data], list(descriptors), socket.MSG_NOSIGNAL)
+    socket.send_fds(sock, [data], list(descriptors))
 
 
 def receive_message(sock: socket.socket) -> tuple[Message, list[int]] | None:
@@ -107,19 +110,9 @@ def receive_message(sock: socket.socket) -> tuple[Message, list[int]] | None:
     Raises BlockingIOError when there is none yet, msgspec.DecodeError for one that makes no sense.
     """
     try:
-        # Not socket.recv_fds(): it drops its flags (Python 3.11 to 3.13), and what is not close-on-exec would
-        # be inherited by every process that is started, for the life of the mount.
-        data, controls, flags, _ = sock.recvmsg(
-            MESSAGE_BYTES_MAX, socket.CMSG_LEN(DESCRIPTORS_MAX * INT.size), socket.MSG_CMSG_CLOEXEC
-        )
+        data, descriptors, flags = receive_descriptors(sock, MESSAGE_BYTES_MAX)
     except ConnectionError:
         return None
-    descriptors = [
-        descriptor
-        for level, kind, value in controls
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
-        for (descriptor,) in INT.iter_unpack(value[: len(value) // INT.size * INT.size])
-    ]
     if not data:
         close_all(descriptors)
         return None
@@ -130,6 +123,20 @@ def receive_message(sock: socket.socket) -> tuple[Message, list[int]] | None:
     except msgspec.DecodeError:
         close_all(descriptors)
         raise
+
+
+def receive_descriptors(sock: socket.socket, bytes_max: int) -> tuple[bytes, list[int], int]:
+    """One packet, its descriptors (close-on-exec) and recvmsg's flags.
+
+    Not socket.recv_fds: it drops the flags that it is given (CPython 3.11), and every child would inherit them.
+    """
+    numbers = array.array("i")
+    space = socket.CMSG_LEN(DESCRIPTORS_MAX * numbers.itemsize)
+    data, ancillary, flags, _ = sock.recvmsg(bytes_max, space, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
+    return data, list(numbers), flags
 
 
 def close_all(descriptors: Sequence[int]) -> None:

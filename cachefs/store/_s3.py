@@ -24,8 +24,12 @@ from cachefs.store import ListPage, ObjectInfo
 BUCKET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 """More than AWS allows today: its oldest buckets and other makers' have capitals, underscores and 255 characters."""
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+PAGE_KEYS = 1000
 LIST_ATTEMPTS = 5
 LIST_BACKOFF_S = 0.1
+PROBE_VALID_S = 2.0
+"""For so long the answer to probe() is also the listing of the root: who opens a file right after mounting waits for
+one round trip less."""
 PASSING_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "Throttling"})
 DENIED_CODES = frozenset({"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId"})
 
@@ -231,16 +235,19 @@ class S3Store:
         self.url = location.url
         self._list_timeout_s = list_timeout_s
         self._clock = clock
+        self._probed: tuple[RawPage, float] | None = None
 
     def _list(self, prefix: str, *, delimiter: str, token: str | None, limit: int, timeout_s: float) -> RawPage:
         """One LIST request. Raises what `status_error` and `parse_list` make of the answer."""
         raise NotImplementedError
 
     def probe(self) -> None:
-        """One LIST of at most two keys: NotFound, AccessDenied, StoreUnavailable, UsageError."""
+        """One LIST: NotFound, AccessDenied, StoreUnavailable, UsageError."""
         prefix = self.location.directory_key("")
-        page = self._page(prefix, delimiter="", token=None, limit=2)
-        if page.objects or not prefix:
+        asked_s = self._clock()
+        page = self._page(prefix, delimiter="/", token=None, limit=PAGE_KEYS)
+        if page.objects or page.prefixes or not prefix:
+            self._probed = (page, asked_s) if page.next_token is None else None
             return
         # Nothing under "prefix/": perhaps the source names one object.
         beside = self._page(self.location.prefix, delimiter="", token=None, limit=1)
@@ -255,8 +262,12 @@ class S3Store:
         base = len(self.location.directory_key(""))
         token: str | None = None
         seen: set[str] = set()
+        probed, self._probed = self._probed, None
         while True:
-            page = self._page(prefix, delimiter="/", token=token, limit=1000)
+            if probed is not None and not directory and self._clock() - probed[1] < PROBE_VALID_S:
+                page, probed = probed[0], None
+            else:
+                page = self._page(prefix, delimiter="/", token=token, limit=PAGE_KEYS)
             objects = tuple(
                 ObjectInfo(item.key[base:], item.size, item.etag, item.modified_s)
                 for item in page.objects

@@ -54,18 +54,22 @@ def _open_s3(volume: VolumeConfig, get_timeout_s: float, list_timeout_s: float, 
         region=region,
         credentials=None if volume.anonymous else aws.credential_source(session, environ),
         static_credentials=plain,
-        ca_file=_ca_file(environ) if endpoint.startswith("https://") else None,
+        ca_file=ca_file(environ) if endpoint.startswith("https://") else None,
     )
     if volume.store == "fsspec":
         from cachefs.store.fsspec import S3fsStore
 
         return S3fsStore(service, volume.profile, get_timeout_s=get_timeout_s, list_timeout_s=list_timeout_s)
-    from cachefs.store.obstore import ObstoreStore
+    if volume.store == "obstore":
+        from cachefs.store.obstore import ObstoreStore
 
-    return ObstoreStore(service, get_timeout_s=get_timeout_s, list_timeout_s=list_timeout_s)
+        return ObstoreStore(service, get_timeout_s=get_timeout_s, list_timeout_s=list_timeout_s)
+    from cachefs.store.direct import DirectStore
+
+    return DirectStore(service, get_timeout_s=get_timeout_s, list_timeout_s=list_timeout_s)
 
 
-def _ca_file(environ: Mapping[str, str]) -> str | None:
+def ca_file(environ: Mapping[str, str]) -> str | None:
     """The file of certificates that the environment names, AWS's variable first; UsageError when it has none."""
     import ssl
 

@@ -7,9 +7,6 @@ import pytest
 
 from tests.csi.support import Kubelet, NodeUnderTest
 
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
 
 @pytest.fixture
 def bare_node() -> Iterator[NodeUnderTest]:

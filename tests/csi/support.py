@@ -42,7 +42,7 @@ def tool(name: str) -> str:
     found = str(path) if path.exists() else shutil.which(name)
     if found is not None:
         return found
-    if os.environ.get("CACHEFS_CSI_REQUIRED") == "1":
+    if os.environ.get("CSI_TOOLS_REQUIRED") == "1":
         pytest.fail(f"{name} is missing: make setup-csi")
     pytest.skip(f"{name} is missing: make setup-csi")
 
@@ -208,7 +208,8 @@ class NodeUnderTest:
     def registered_endpoint(self) -> str:
         """What the kubelet's plugin watcher does."""
         stub = registration_pb2_grpc.RegistrationStub(self.channel(self.registration_dir / SOCKET_NAME))
-        info = stub.GetInfo(registration_pb2.InfoRequest(), timeout=DEADLINE_S)
+        # The registration socket comes after the CSI socket.
+        info = stub.GetInfo(registration_pb2.InfoRequest(), timeout=DEADLINE_S, wait_for_ready=True)
         assert (info.type, info.name, list(info.supported_versions)) == ("CSIPlugin", DRIVER_NAME, ["1.0.0"])
         stub.NotifyRegistrationStatus(registration_pb2.RegistrationStatus(plugin_registered=True), timeout=DEADLINE_S)
         return str(info.endpoint)
@@ -283,7 +284,7 @@ class Kubelet:
     def stats(self, volume_id: str, target: Path | str) -> csi_pb2.NodeGetVolumeStatsResponse:
         """NodeGetVolumeStats."""
         request = csi_pb2.NodeGetVolumeStatsRequest(volume_id=volume_id, volume_path=str(target))
-        return self._stub.NodeGetVolumeStats(request, timeout=DEADLINE_S)
+        return self._stub.NodeGetVolumeStats(request, timeout=DEADLINE_S, wait_for_ready=True)
 
 
 def code(call: Callable[[], object]) -> grpc.StatusCode:

@@ -4,6 +4,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
+
+from csi.service import PUBLISHES_MAX
 from tests.csi.standin import MODEL
 from tests.csi.support import Kubelet, NodeUnderTest, poll
 
@@ -62,4 +65,35 @@ def test_republish_every_tenth_of_a_second_never_disturbs_a_reader(node: NodeUnd
         future.result()
     assert node.mounts() == [str(target)]
     kubelet.unpublish("vol-1", target)
+    node.assert_clean()
+
+
+def test_hung_store_keeps_no_unpublish_waiting(node: NodeUnderTest) -> None:
+    kubelet = node.kubelet()
+    quick = kubelet.target("quick")
+    kubelet.publish("quick", quick)
+    slow = {"uri": "s3://slow/m"}
+    refused: list[grpc.StatusCode] = []
+
+    def publish(number: int) -> None:
+        try:
+            kubelet.publish(f"vol-{number}", kubelet.target(f"pod-{number}"), attributes=slow)
+        except grpc.RpcError as exc:
+            refused.append(exc.code())  # type: ignore[attr-defined]
+
+    pods = PUBLISHES_MAX + 4
+    with ThreadPoolExecutor(pods) as pool:
+        futures = [pool.submit(publish, number) for number in range(pods)]
+        try:
+            poll(lambda: len(refused) == 4, "the publishes beyond the bound are refused")
+            kubelet.stats("quick", quick)
+            kubelet.unpublish("quick", quick)
+            assert not quick.exists()
+        finally:
+            (node.directory / "release").touch()
+        for future in futures:
+            future.result()
+    assert refused == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 4
+    for number in range(pods):
+        kubelet.unpublish(f"vol-{number}", kubelet.target(f"pod-{number}"))
     node.assert_clean()

@@ -26,7 +26,7 @@ def test_endpoint_as_the_kubelet_sees_it(bare_node: NodeUnderTest) -> None:
 def test_refused_registration_ends_the_driver_so_that_it_is_started_again(node: NodeUnderTest) -> None:
     stub = registration_pb2_grpc.RegistrationStub(node.channel(node.registration_dir / SOCKET_NAME))
     status = registration_pb2.RegistrationStatus(plugin_registered=False, error="bad\nversion")
-    stub.NotifyRegistrationStatus(status, timeout=60)
+    stub.NotifyRegistrationStatus(status, timeout=60, wait_for_ready=True)
     assert node.driver is not None
     assert node.driver.wait(60) == 1
     assert "bad\\nversion" in node.log.read_text()
@@ -81,6 +81,31 @@ def test_wrong_command_line_is_one_line_and_exit_2(arguments: list[str], tmp_pat
     assert "Traceback" not in done.stderr
 
 
+def test_check_tells_a_running_driver_from_a_ready_one_and_a_dead_one(bare_node: NodeUnderTest) -> None:
+    node = bare_node
+
+    def check(what: str) -> int:
+        command = [sys.executable, "-m", "csi", f"--check={what}", f"--endpoint=unix://{node.endpoint}"]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, timeout=60, check=False).returncode
+
+    assert check("live") == 1
+    node.start_driver()
+    assert (check("live"), check("ready")) == (0, 1)
+    node.start_server()
+    assert (check("live"), check("ready")) == (0, 0)
+    node.kill_driver()
+    assert check("live") == 1
+
+
+def test_driver_loads_of_cachefs_only_what_a_small_process_may() -> None:
+    script = "import sys, csi.service; print(*sorted(name for name in sys.modules if name.startswith('cachefs.')))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True
+    )
+    allowed = ("cachefs.kernel", "cachefs.config", "cachefs.errors", "cachefs.client")
+    assert all(name.startswith(allowed) for name in done.stdout.split()), done.stdout
+
+
 def test_cachefs_csi_runs_the_driver_without_loading_grpc_itself() -> None:
     script = "import sys; from cachefs.cli_csi import csi; assert 'grpc' not in sys.modules; csi(['--help'])"
     done = subprocess.run(
@@ -88,3 +113,11 @@ def test_cachefs_csi_runs_the_driver_without_loading_grpc_itself() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--kubelet-dir" in done.stdout
+
+
+def test_cachefs_csi_hands_its_flags_on(bare_node: NodeUnderTest) -> None:
+    node = bare_node
+    node.start_driver("--json", program=("-m", "cachefs.cli", "csi"))
+    assert (node.state_dir / "publications").is_dir()
+    poll(lambda: '"level": "info"' in node.log.read_text(), "a JSON line in the log")
+    assert node.stop_driver() == 0

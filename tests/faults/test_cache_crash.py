@@ -22,6 +22,7 @@ STEPS = {
     "fill:written": 12,
     "commit:synced": 2,
     "commit:recorded": 2,
+    "evict:begun": 3,
     "evict:recorded": 3,
     "evict:unlinked": 3,
 }

@@ -76,6 +76,27 @@ def test_fifty_readers_of_a_cold_object_cause_one_get_per_chunk(tmp_path: Path) 
     run(scenario)
 
 
+def test_many_readers_of_a_chunk_that_cannot_be_kept_cause_one_get(tmp_path: Path) -> None:
+    data = content(CHUNK)
+    store = MemoryStore({"a": data})
+    object_id = store.id_of("a")
+
+    async def scenario() -> None:
+        async with opened_cache(tmp_path, cache_bytes_max=0, buffers=1) as cache, trio.open_nursery() as nursery:
+
+            async def reader(offset: int) -> None:
+                assert bytes(await cache.read(store, object_id, offset, 1024)) == data[offset : offset + 1024]
+
+            with store.gets.held():
+                for offset in range(CHUNK - 1024, -1, -1024):  # the end of the chunk first
+                    nursery.start_soon(reader, offset)
+                await until(lambda: store.gets.waiting == 1)
+                await trio.testing.wait_all_tasks_blocked()
+        assert store.get_count == 1
+
+    run(scenario)
+
+
 def test_cancelled_reader_does_not_cancel_the_shared_fill(tmp_path: Path) -> None:
     data = content(CHUNK)
     store = MemoryStore({"a": data})
@@ -138,6 +159,62 @@ class _SlowTail(MemoryStore):
         assert self.tail.wait(60.0)
         buffer[half : stop - start] = data[start + half : stop]
         progress(stop - start)
+
+
+@pytest.mark.parametrize("lie", [False, True])
+def test_who_comes_for_the_end_of_an_object_waits_for_no_more_than_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie: bool
+) -> None:
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", 4 * chunk.MIB)
+    size = 8 * chunk.MIB - 1000
+    data = content(4096) * 2048
+    store = _SlowHead({"a": data[:size]}, head=4 * chunk.MIB)
+    store.lies = lie
+    object_id = store.id_of("a")
+
+    async def scenario() -> None:
+        async with opened_cache(tmp_path) as cache:
+            assert bytes(await cache.read(store, object_id, size - 10, 100)) == data[size - 10 : size]
+            assert not cache.is_local(object_id, 1)
+            got: list[bytes] = []
+
+            async def reader() -> None:
+                got.append(bytes(await cache.read(store, object_id, 4 * chunk.MIB, 1000)))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(reader)
+                await until(lambda: store.waiting)
+                assert got == []
+                store.go_on.set()
+            assert got == [data[4 * chunk.MIB : 4 * chunk.MIB + 1000]]
+            assert bytes(await cache.read(store, object_id, 0, size)) == data[:size]
+            cache.check_invariants()
+        assert sum(stop - start for _, start, stop in store.get_counts) == size
+        assert len(store.get_counts) == 3
+
+    run(scenario)
+
+
+class _SlowHead(MemoryStore):
+    """Gives what starts at `head` only once `go_on` is set, and fails it once with a lie if it `lies`."""
+
+    def __init__(self, objects: dict[str, bytes], head: int) -> None:
+        super().__init__(objects)
+        self.head = head
+        self.lies = False
+        self.waiting = False
+        self.go_on = threading.Event()
+
+    def fetch_into(
+        self, buffer: memoryview, object_id: ObjectId, start: int, stop: int, progress: Callable[[int], None]
+    ) -> None:
+        if start == self.head:
+            self.waiting = True
+            assert self.go_on.wait(60.0)
+            if self.lies:
+                self.lies = False
+                raise IntegrityError("short body")
+        super().fetch_into(buffer, object_id, start, stop, progress)
 
 
 @pytest.mark.parametrize("error", [ObjectChanged, NotFound, AccessDenied, IntegrityError])
@@ -382,8 +459,9 @@ def test_a_hundred_gigabyte_object_needs_small_records(tmp_path: Path, monkeypat
             for offset in (0, size // 2, size - 4096):
                 assert bytes(await cache.read(store, store.object, offset, 4096)) == bytes(4096)
             await cache.evict([])
-            blob = next((tmp_path / "blobs").glob("*/*"))
-            assert blob.stat().st_size == size
+            blobs: list[Path] = []
+            await until(lambda: bool(blobs.extend((tmp_path / "blobs").glob("*/*")) or blobs))
+            assert blobs[0].stat().st_size == size
             assert cache.usage().used_bytes <= 4 * 8 * 1024**2
         assert (tmp_path / "index" / "data.mdb").stat().st_blocks * 512 < 1024**2
 

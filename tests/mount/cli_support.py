@@ -63,8 +63,9 @@ class Cli:
             self._pids |= {found["server"]["pid"], found["keeper"]["pid"]}
         return found
 
-    def log(self) -> str:
-        path = self.state_dir / "log" / "server.log"
+    def log(self, name: str = "server.log") -> str:
+        """The end of a log."""
+        path = self.state_dir / "log" / name
         return path.read_text(errors="replace")[-4000:] if path.exists() else ""
 
     def mounts(self) -> list[str]:
@@ -77,7 +78,8 @@ class Cli:
         wait_for(lambda: not any(map(alive, pids)), f"processes {pids} end")
 
     def close(self) -> None:
-        """Unmount all, kill what is left, and assert that nothing was."""
+        """Unmount all, kill what is left, and assert that nothing was. The logs show when a test fails."""
+        print(self.log("keeper.log"), self.log(), sep="\n")
         try:
             self.run("umount", "--all", "--lazy", code=None)
             left = self.mounts()

@@ -116,6 +116,10 @@ class Mounted:
         path = self.state_dir / "log" / "server.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
+    def keeper_log(self) -> str:
+        path = self.state_dir / "log" / "keeper.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
     def stop(self) -> None:
         """SIGTERM to the keeper, which unmounts and ends both. What does not end is killed; then it asserts."""
         pids = {self.keeper_pid, *self._server_pids()}
@@ -143,7 +147,12 @@ class Mounted:
         return pids | {self.first_server_pid}
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            print(f"--- the start failed; keeper.log and server.log ---\n{self.keeper_log()}\n{self.server_log()}")
+            shutil.rmtree(self.runtime_dir, ignore_errors=True)
+            raise
         return self
 
     def __exit__(
@@ -154,7 +163,7 @@ class Mounted:
                 self.stop()
         finally:
             if error is not None:
-                print(f"--- the end of the server's log ---\n{self.server_log()[-6000:]}")
+                print(f"--- the end of the logs ---\n{self.keeper_log()[-3000:]}\n{self.server_log()[-6000:]}")
             shutil.rmtree(self.runtime_dir, ignore_errors=True)
 
 

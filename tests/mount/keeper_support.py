@@ -4,11 +4,13 @@ import json
 import os
 import secrets
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from cachefs.config import MountConfig, ServerConfig, VolumeConfig
 from cachefs.kernel.mounts import find_mount, unmount_device
@@ -29,6 +31,17 @@ def wait_until(condition: Callable[[], object], what: str = "") -> object:
         time.sleep(0.01)
 
 
+def run_on_mount(*command: str) -> str:
+    """The output of a successful command that touches the mount.
+
+    Never in the tests' own process, and never waited for without end: a call on a hung mount cannot be interrupted.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, command
+    return output
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process runs; a zombie does not."""
     try:
@@ -44,9 +57,8 @@ class TinyMount:
     def __init__(self, directory: Path, **server_options: object) -> None:
         self.directory = directory
         self.state = directory / "state"
-        self.data = directory / "data"
+        self.data = self.state / "data"  # below the state directory: they may become backing files
         self.data.mkdir(parents=True, exist_ok=True)
-        self.state.mkdir(exist_ok=True)
         self.mountpoint = directory / "mnt"
         server = ServerConfig(
             state_dir=self.state,
@@ -70,14 +82,16 @@ class TinyMount:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
-    def start(self, *, foreground: bool = False) -> "TinyMount":
+    def start(self, *, foreground: bool = False, timeout_s: float = DEADLINE_S) -> "TinyMount":
         """Mount; the first server is ready."""
         if not self.config.as_root:
             self.mountpoint.mkdir(exist_ok=True)
         old = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = str(REPOSITORY)
+        os.environ["PYTHONPATH"] = ":".join([str(REPOSITORY), *([old] if old else [])])
         try:
-            started = start_keeper(self.config, server_module="tests.mount.tiny_server", foreground=foreground)
+            started = start_keeper(
+                self.config, server_module="tests.mount.tiny_server", foreground=foreground, timeout_s=timeout_s
+            )
         finally:
             if old is None:
                 del os.environ["PYTHONPATH"]
@@ -88,7 +102,12 @@ class TinyMount:
         mount = find_mount(self.mountpoint)
         assert mount is not None
         self.device = mount.major_minor
+        wait_until(lambda: (self.state / "server.json").exists(), "the server's facts")
         return self
+
+    def listing(self) -> list[str]:
+        """The names in the root of the mount."""
+        return run_on_mount("ls", "-U", str(self.mountpoint)).split()
 
     def switch(self, name: str, on: bool = True) -> None:
         """Change how the server behaves."""
@@ -163,7 +182,7 @@ class TinyMount:
 
     def stop(self) -> None:
         """Unmount and end everything, also after a failure."""
-        for name in ("hang", "hang_lookup", "slow", "deaf"):
+        for name in ("hang", "hang_lookup", "slow", "never_ready", "die_at_start", "die_at_read"):
             self.switch(name, on=False)
         if self.living() and (self.state / "live.json").exists() and is_alive(self.keeper_pid()):
             os.kill(self.keeper_pid(), signal.SIGTERM)
@@ -174,3 +193,17 @@ class TinyMount:
             os.kill(pid, signal.SIGKILL)
         if self.is_mounted() and self.device:
             unmount_device(self.device, as_root=os.geteuid() == 0)
+
+
+def kill_both(tiny: TinyMount) -> None:
+    """SIGKILL keeper and server, so that neither can start the other again."""
+    keeper, server = tiny.keeper_pid(), tiny.facts()["pid"]
+    os.kill(server, signal.SIGSTOP)  # or it would start a new keeper
+    os.kill(keeper, signal.SIGKILL)
+    os.kill(server, signal.SIGKILL)
+    wait_until(lambda: not is_alive(keeper) and not is_alive(server), "two deaths")
+
+
+needs_root_mount = pytest.mark.skipif(
+    os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse for a real mount"
+)

@@ -1,6 +1,7 @@
 """status, warm, ls, pin, evict, verify, gc and metrics: the same with a server and without one."""
 
 import os
+import signal
 import urllib.request
 from pathlib import Path
 
@@ -116,8 +117,9 @@ def test_status_has_the_fields_that_scripts_rely_on(cli: Cli, bucket: LyingServe
     (tier,) = found["tiers"]
     assert tier["name"] == "local"
     assert len(DATA) <= tier["used_bytes"] <= tier["capacity_bytes"]
-    assert found["cache"]["miss_bytes"] == len(DATA)
-    assert found["cache"]["hit_bytes"] == 0
+    assert found["cache"]["miss_bytes"] >= len(DATA)  # the kernel may ask twice for a page
+    assert found["cache"]["store_bytes"] == len(DATA)
+    assert found["cache"]["hit_bytes"] >= 0
     human = cli.run("status").stdout
     assert "s3://models/m" in human
 
@@ -131,10 +133,32 @@ def test_metrics_tell_what_status_tells(cli: Cli, bucket: LyingServer) -> None:
     wait_for(lambda: cli.status()["tiers"][0]["objects_sealed"] == 1, "sealed")
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
         lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
-    assert float(lines['cachefs_read_bytes_total{result="miss",tier="store"}']) == len(DATA)
+    assert float(lines['cachefs_read_bytes_total{result="miss",tier="store"}']) >= len(DATA)
     assert float(lines["cachefs_store_bytes_total"]) == len(DATA)
     assert float(lines['cachefs_used_bytes{tier="local"}']) >= len(DATA)
     assert float(lines['cachefs_store_requests_total{kind="get",result="ok"}']) == bucket.gets() == 2
+    assert float(lines['cachefs_store_requests_total{kind="list",result="ok"}']) >= 1
+
+
+def test_commands_wait_for_a_server_that_is_being_restarted(cli: Cli, bucket: LyingServer) -> None:
+    cli.run("mount", "s3://models/m", cli.place(), "--endpoint-url", bucket.endpoint_url)
+    first = cli.status()["server"]["pid"]
+    os.kill(first, signal.SIGKILL)
+    second = cli.status()["server"]
+    assert (second["restarts"], second["pid"] != first) == (1, True)
+    os.kill(second["pid"], signal.SIGKILL)
+    (warmed,) = cli.json("warm", "s3://models/m")["warmed"]
+    assert warmed["fetched_bytes"] == TOTAL
+    assert cli.status()["cache"]["store_bytes"] == TOTAL  # the new server did it, not the command itself
+
+
+def test_ls_shows_objects_as_commands_take_them(cli: Cli, bucket: LyingServer) -> None:
+    cli.run("mount", "s3://models/m", cli.place(), "--endpoint-url", bucket.endpoint_url)
+    cli.run("warm", "s3://models/m")
+    shown = [line.split()[-1] for line in cli.run("ls").stdout.splitlines()[1:]]
+    assert sorted(shown) == ["s3://models/m/sub/small.txt", "s3://models/m/weights.bin"]
+    for url in shown:
+        assert cli.json("evict", url)["evicted_objects"] == 1
 
 
 def test_logs_are_shown(cli: Cli, bucket: LyingServer) -> None:

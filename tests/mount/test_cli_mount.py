@@ -107,11 +107,12 @@ def test_volumes_that_came_later_survive_a_killed_server(cli: Cli, bucket: Lying
     before = cli.status()
     os.kill(before["server"]["pid"], signal.SIGKILL)
     assert (two / "other.txt").read_bytes() == b"other"
-    wait_for(lambda: client.is_running(cli.runtime_dir), "a new server answers")
+    wait_for(lambda: client.is_running(cli.runtime_dir), "a new server answers", 90)
     after = cli.status()
     assert after["server"]["pid"] != before["server"]["pid"]
     assert after["server"]["restarts"] == 1
-    assert after["cache"]["miss_bytes"] >= before["cache"]["miss_bytes"] == len(DATA)
+    # At least: the kernel may ask twice for a page (a read beside its own readahead).
+    assert after["cache"]["miss_bytes"] >= before["cache"]["miss_bytes"] >= len(DATA)
     assert sorted(volume["source"] for volume in after["volumes"]) == ["s3://models/m", "s3://models/n"]
     assert after["volumes"][0]["mountpoint"] is not None
     assert after["tiers"][0]["used_bytes"] >= len(DATA)

@@ -4,15 +4,16 @@
 
 The directory is the source of the one volume (file:///...). Files in STATE/ switch its behaviour: `slow` and `hang`
 delay READs, `hang_lookup` LOOKUPs, `passthrough` opens in passthrough mode, `fail` fails the start, `die_at_start`
-ends it, `deaf` ignores stops. It writes what it knows to STATE/server.json when it is ready, and takes commands in
-STATE/command (a JSON list), answered in STATE/answer.
+ends it, `die_at_read` ends it at each READ, `never_ready` keeps it from saying that it serves. It writes what it
+knows to STATE/server.json when it is ready, and takes commands in STATE/command (a JSON list), answered in
+STATE/answer.
 """
 
-import ctypes
 import errno
 import json
 import os
 import signal
+import socket
 import stat
 import sys
 from pathlib import Path
@@ -28,7 +29,6 @@ import pyfuse3  # noqa: E402
 
 from cachefs.errors import UsageError  # noqa: E402
 from cachefs.kernel import wire  # noqa: E402
-from cachefs.kernel.process import python_command  # noqa: E402
 from cachefs.kernel.session import packet_pair  # noqa: E402
 from cachefs.link import KeeperLink, PassthroughRefused  # noqa: E402
 from cachefs.notifier import Notifier  # noqa: E402
@@ -89,14 +89,20 @@ class TinyFS(pyfuse3.Operations):
 
     async def readdir(self, fh, start, token):
         for number, name in enumerate(sorted(self.inodes)):
-            if number >= start and not pyfuse3.readdir_reply(token, name, self.attributes(self.inodes[name]), number + 1):
+            if number >= start and not pyfuse3.readdir_reply(
+                token, name, self.attributes(self.inodes[name]), number + 1
+            ):
                 return
 
     async def open(self, inode, flags, ctx):
         if self.on("passthrough"):
             backing_id = self.by_node.get(inode)
             if backing_id is None:
-                backing_id = self.by_node[inode] = await self.link.register(inode, self.fds[inode], f"{inode:x}")
+                try:
+                    backing_id = self.by_node[inode] = await self.link.register(inode, self.fds[inode], f"{inode:x}")
+                except PassthroughRefused as exc:
+                    print(exc, file=sys.stderr, flush=True)
+                    raise pyfuse3.FUSEError(errno.EACCES) from exc
             return pyfuse3.FileInfo(fh=1 << 63 | backing_id << 32 | inode, keep_cache=False)
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
@@ -105,6 +111,8 @@ class TinyFS(pyfuse3.Operations):
 
     async def read(self, fh, offset, size):
         self.reads += 1
+        if self.on("die_at_read"):
+            os._exit(9)
         if self.on("slow"):
             await trio.sleep(0.02)
         while self.on("hang"):
@@ -115,6 +123,9 @@ class TinyFS(pyfuse3.Operations):
 def hostile_descriptor(kind: str, state: Path) -> int:
     """What a server might send that it must not get read for it."""
     own = state / "own"
+    if kind == "same":
+        return os.open(own, os.O_RDONLY)
+    own.unlink(missing_ok=True)
     own.write_bytes(b"mine")
     if kind == "path":
         return os.open("/etc/shadow", os.O_PATH)
@@ -139,7 +150,7 @@ def hostile_descriptor(kind: str, state: Path) -> int:
     return os.open(own, os.O_RDONLY)
 
 
-async def obey(link: KeeperLink, notifier: Notifier, command: list) -> object:
+async def obey(link: KeeperLink, notifier: Notifier, fs: TinyFS, command: list) -> object:
     state = link.session.config.server.state_dir
     match command:
         case ["hostile", kind]:
@@ -165,6 +176,18 @@ async def obey(link: KeeperLink, notifier: Notifier, command: list) -> object:
             notifier.forget_inode(node)
         case ["is_known", node]:
             return await notifier.is_known(node)
+        case ["nonsense"]:
+            sock = link._sock
+            assert sock is not None
+            for data in (b"{", b"[]", b'{"kind": "rule"}', b'{"kind": "stop"}', b'{"kind": "volumes"}', b"\xff" * 9000):
+                socket.send_fds(sock, [data], [0] * 5)
+            socket.send_fds(sock, [b'{"kind": "volumes"}'], [os.memfd_create("x")])
+            socket.send_fds(sock, [b'{"kind": "register", "node": -1}'], [0])
+            socket.send_fds(sock, [b'{"kind": "close", "backing_id": 12345}'], [0] * 20)
+        case ["lookups"]:
+            return fs.lookups
+        case ["reads"]:
+            return fs.reads
         case ["ping"]:
             return "pong"
         case _:
@@ -181,7 +204,7 @@ async def take_commands(link: KeeperLink, notifier: Notifier, fs: TinyFS) -> Non
         except FileNotFoundError:
             continue
         (state / "command").unlink()
-        write(state / "answer", {"answer": await obey(link, notifier, command)})
+        write(state / "answer", {"answer": await obey(link, notifier, fs, command)})
 
 
 def write(path: Path, value: object) -> None:
@@ -195,13 +218,14 @@ async def serve(link: KeeperLink, fs: TinyFS, placeholder: int) -> None:
     state = link.session.config.server.state_dir
 
     def stop() -> None:
-        if not fs.on("deaf"):
-            nursery.cancel_scope.cancel()
+        nursery.cancel_scope.cancel()
 
     async def announce() -> None:
         while os.fstat(placeholder).st_rdev != FUSE_DEVICE:
             await trio.sleep(0.001)
         session = link.session
+        while fs.on("never_ready"):
+            await trio.sleep(0.02)
         link.ready()
         facts = {
             "pid": os.getpid(),
@@ -245,7 +269,6 @@ def count_start(ledger_fd: int) -> int:
 
 
 def main() -> None:
-    ctypes.CDLL(None).prctl(15, b"tiny_server")
     link = KeeperLink.receive(int(sys.argv[1]))
     config = link.session.config
     state = config.server.state_dir
@@ -254,7 +277,6 @@ def main() -> None:
         sys.exit(2)
     if (state / "die_at_start").exists():
         sys.exit(7)
-    assert python_command("x")[0] == "x"
     ours, theirs = packet_pair()
     placeholder = os.dup(ours.fileno())
     ours.close()

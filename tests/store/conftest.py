@@ -34,7 +34,7 @@ TREE: dict[str, bytes] = {
     **{f"wide/{number:05}": b"%d" % number for number in range(WIDE)},
 }
 
-S3_KINDS = ("obstore-seaweed", "obstore-hadro", "fsspec-seaweed")
+S3_KINDS = ("auto-seaweed", "auto-hadro", "obstore-seaweed", "obstore-hadro", "fsspec-seaweed")
 KINDS = (*S3_KINDS, "file")
 
 

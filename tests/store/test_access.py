@@ -14,7 +14,7 @@ from tests.support.lying import LyingServer
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY, HadroServer
 from tests.support.servers import free_ports
 
-LIBRARIES = ("obstore", "fsspec")
+LIBRARIES = ("auto", "obstore", "fsspec")
 
 
 @pytest.fixture(scope="module")

@@ -180,10 +180,10 @@ def test_a_directory_marker_shows_as_a_directory_and_never_as_a_file(remote: Rem
     assert set(listing(store, "full")[0]) == {"full/x"}
 
 
-def test_both_s3_libraries_agree_on_every_object(seaweed_tree) -> None:
+def test_all_s3_libraries_agree_on_every_object(seaweed_tree) -> None:
     ids = []
-    for library in ("obstore", "fsspec"):
+    for library in ("auto", "obstore", "fsspec"):
         store = open_with(f"s3://{TREE_BUCKET}", endpoint_url=seaweed_tree.endpoint_url, store=library)
         ids.append({store.object_id(info) for info in walk(store)})
         store.close()
-    assert ids[0] == ids[1]
+    assert ids[0] == ids[1] == ids[2]

@@ -66,7 +66,7 @@ def test_a_directory_takes_no_options_of_s3(options: dict[str, Any]) -> None:
         open_with("file:///tmp", **options)
 
 
-@pytest.mark.parametrize("library", ["obstore", "fsspec"])
+@pytest.mark.parametrize("library", ["auto", "obstore", "fsspec"])
 @pytest.mark.parametrize(
     ("source", "url"),
     [
@@ -87,7 +87,7 @@ def test_url_and_identity(library: str, source: str, url: str) -> None:
     aws.close()
 
 
-@pytest.mark.parametrize("library", ["obstore", "fsspec"])
+@pytest.mark.parametrize("library", ["auto", "obstore", "fsspec"])
 @pytest.mark.parametrize("content", [None, "", "no certificate"])
 def test_a_file_of_certificates_that_is_none_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, content: str | None
@@ -119,6 +119,8 @@ assert loaded() == [], loaded()
 open_store(VolumeConfig(name="x", source="file:///tmp"), get_timeout_s=1, list_timeout_s=1)
 assert loaded() == [], loaded()
 open_store(VolumeConfig(name="x", source="s3://bucket"), get_timeout_s=1, list_timeout_s=1)
+assert loaded() == [], loaded()
+open_store(VolumeConfig(name="x", source="s3://bucket", store="obstore"), get_timeout_s=1, list_timeout_s=1)
 assert loaded() == ["obstore"], loaded()
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

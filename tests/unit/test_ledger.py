@@ -22,10 +22,10 @@ def fd() -> Iterator[int]:
 
 def test_open_inodes_are_there_for_the_next_server(fd):
     first = Ledger(fd)
-    first.record(7, Mode.CACHED, 2)
-    first.record(2**32 - 1, Mode.PASSTHROUGH, 1)
-    first.record(9, Mode.CACHED, 1)
-    first.record(9, Mode.CACHED, 0)
+    first.record(OpenEntry(7, Mode.CACHED, 2))
+    first.record(OpenEntry(2**32 - 1, Mode.PASSTHROUGH, 1))
+    first.record(OpenEntry(9, Mode.CACHED, 1))
+    first.record(OpenEntry(9, Mode.CACHED, 0))
     # no close(): a killed server closes nothing
     assert sorted(Ledger(fd).entries()) == [OpenEntry(7, Mode.CACHED, 2), OpenEntry(2**32 - 1, Mode.PASSTHROUGH, 1)]
 
@@ -35,9 +35,9 @@ def test_full_table_says_that_it_overflowed_and_keeps_what_it_has():
     try:
         os.ftruncate(fd, LEDGER_BYTES_MIN)
         ledger = Ledger(fd)
-        ledger.record(1, Mode.CACHED, 1)
+        ledger.record(OpenEntry(1, Mode.CACHED, 1))
         assert not ledger.overflowed
-        ledger.record(2, Mode.CACHED, 1)
+        ledger.record(OpenEntry(2, Mode.CACHED, 1))
         assert Ledger(fd).overflowed
         assert Ledger(fd).entries() == [OpenEntry(1, Mode.CACHED, 1)]
     finally:
@@ -48,7 +48,7 @@ def test_counters_go_on_where_the_last_server_was(fd):
     first = Ledger(fd)
     assert set(first.counters) == {0.0}
     first.counters[3] += 5.5
-    first.record(1, Mode.CACHED, 1)
+    first.record(OpenEntry(1, Mode.CACHED, 1))
     second = Ledger(fd)
     second.counters[3] += 1
     assert first.counters[3] == 6.5
@@ -63,18 +63,23 @@ def test_passthrough_check_is_remembered(fd):
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 6), st.sampled_from(Mode), st.integers(0, 3)), max_size=60))
+@given(
+    st.lists(
+        st.builds(OpenEntry, st.integers(1, 6), st.sampled_from(Mode), st.integers(0, 3), st.booleans()), max_size=60
+    )
+)
 def test_table_reads_back_as_it_was_written(steps):
     fd = os.memfd_create("ledger")
     try:
         os.ftruncate(fd, LEDGER_BYTES_MIN + 8 * 8)
         ledger = Ledger(fd)
         model: dict[int, OpenEntry] = {}
-        for inode, mode, count in steps:
-            ledger.record(inode, mode, count)
-            model.pop(inode, None)
-            if count:
-                model[inode] = OpenEntry(inode, mode, count)
+        for entry in steps:
+            ledger.record(entry)
+            model.pop(entry.inode, None)
+            if entry.opens or entry.uncertain:
+                model[entry.inode] = entry
+            assert ledger.last_inode == entry.inode
             assert sorted(ledger.entries()) == sorted(model.values())
         assert sorted(Ledger(fd).entries()) == sorted(model.values())
     finally:

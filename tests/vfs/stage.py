@@ -75,14 +75,15 @@ class FakeNotifier:
 
     def __init__(self) -> None:
         self.forgotten: list[tuple[int, bytes]] = []
-        self.known_to_kernel: set[int] = set()
+        self.known_to_kernel: set[int] | None = None
+        """None: all inodes."""
 
     def forget_entry(self, parent: int, name: bytes) -> None:
         self.forgotten.append((parent, name))
 
     async def is_known(self, node: int) -> bool:
         await trio.lowlevel.checkpoint()
-        return node in self.known_to_kernel
+        return self.known_to_kernel is None or node in self.known_to_kernel
 
 
 class Stage:

@@ -1,0 +1,419 @@
+"""Node mode: what the CSI driver asks for (csi/server.py has the contract). Keys, views, credentials, conditions.
+
+A key is one volume at one place in a pod. Keys with the same source, options, principal and identity share a view, a
+directory under the FUSE root. Bytes are shared by content, access is not: a view lists and fetches with the credentials
+of its own keys only. Keys are kept in the index; credentials are in memory and in a memory file that the supervisor
+hands to the next server process.
+"""
+
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import Any
+
+import msgspec
+import trio
+
+from cachefs import __version__
+from cachefs.cached import Pin
+from cachefs.chunk import chunk_count
+from cachefs.control import Caller, Method, Params, Progress
+from cachefs.core import Core
+from cachefs.errors import (
+    AccessDenied,
+    CachefsError,
+    IntegrityError,
+    NotFound,
+    ObjectChanged,
+    Offline,
+    StoreTimeout,
+    StoreUnavailable,
+    UsageError,
+)
+from cachefs.index import Table, Write
+from cachefs.ledger import Ledger
+from cachefs.node_link import NodeLink
+from cachefs.store.given import Given, ViewStore
+from cachefs.tree import Tree
+from cachefs.views import Publication, Request, View, new_publication, open_publication, volume_config
+from cachefs.work import convert
+
+log = logging.getLogger(__name__)
+
+KEYS_MAX = 10_000
+PREFETCH_CHUNKS = 8
+SMALL_BYTES = 1024 * 1024
+"""What prefetch "auto" fetches at publish: configurations and tokenizers, which every load reads first."""
+SMALL_OBJECTS_MAX = 64
+SWEEP_S = 2.0
+PUBLISH_DEADLINE_S = 90.0
+
+
+class Publications:
+    """All views of a node. Run `run`; the methods are for the trio thread."""
+
+    # INVARIANT: every publication's view is in _views, and its key in that view's `publications` unless it is gone.
+
+    def __init__(self, *, core: Core, tree: Tree, link: NodeLink, ledger: Ledger) -> None:
+        self._core = core
+        self._tree = tree
+        self._keep = link.keep
+        self._node = link.node
+        self._ledger = ledger
+        self._publications: dict[str, Publication] = {}
+        self._given: dict[str, Given] = {}
+        self._views: dict[str, View] = {}
+        self._locks: dict[str, tuple[trio.Lock, int]] = {}
+        self._nursery: trio.Nursery | None = None
+
+    def methods(self) -> Mapping[str, Method]:
+        """The requests of the contract."""
+        return {
+            "volume_publish": self._publish,
+            "volume_unpublish": self._unpublish,
+            "volume_credentials": self._credentials,
+            "volume_stats": self._stats,
+            "probe": self._probe,
+        }
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Show what was published before, then own the background work until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            await self._load()
+            task_status.started()
+            while True:
+                await trio.sleep(SWEEP_S)
+                await self._sweep()
+
+    async def _load(self) -> None:
+        given = {}
+        if data := self._keep.read("credentials"):
+            given = msgspec.json.decode(data, type=dict[str, Given])
+        for _, value in list(self._core.index.scan(Table.VOLUMES)):
+            publication = msgspec.msgpack.decode(value, type=Publication)
+            try:
+                view = await self._view(publication)
+            except CachefsError as exc:  # the admin's policy is another one now
+                log.warning("volume %s is not shown: %s", publication.key, exc)
+                continue
+            self._publications[publication.key] = publication
+            if not publication.gone:
+                view.publications.add(publication.key)
+            if publication.key in given:
+                self._given[publication.key] = given[publication.key]
+                view.keys.give(given[publication.key])
+        log.info("%d published volumes, %d with credentials", len(self._publications), len(self._given))
+
+    # Requests
+
+    async def _probe(self, params: Params, progress: Progress, caller: Caller) -> dict[str, Any]:
+        return {"ready": True, "version": __version__}
+
+    async def _publish(self, params: Params, progress: Progress, caller: Caller) -> dict[str, Any]:
+        request = convert_secret(params, Request)
+        if not (request.key.isalnum() and 8 <= len(request.key) <= 64):
+            raise UsageError("key: 8 to 64 letters and digits")
+        async with self._locked(request.key):
+            known = self._publications.get(request.key)
+            if known is None or known.gone:
+                try:
+                    with trio.fail_after(PUBLISH_DEADLINE_S):
+                        return {"root": await self._publish_new(request)}
+                except trio.TooSlowError as exc:
+                    raise StoreTimeout(f"{request.source}: no answer within {PUBLISH_DEADLINE_S:.0f} s") from exc
+            if request.credentials.kind == known.kind:
+                await self._give(request.key, request.credentials)
+            else:
+                log.warning("volume %s: credentials of another kind were given and are not used", request.key)
+            return {"root": known.view}
+
+    async def _publish_new(self, request: Request) -> str:
+        if len(self._publications) >= KEYS_MAX:
+            raise UsageError(f"{KEYS_MAX} volumes are published on this node: no more")
+        publication = new_publication(request, self._node)
+        async with self._locked("view " + publication.view):
+            is_new = publication.view not in self._views
+            view = await self._view(publication)
+            try:
+                await self._prove(view, publication, request.credentials)
+                record = Write(Table.VOLUMES, request.key.encode(), msgspec.msgpack.encode(publication))
+                await self._core.offload.index(self._apply, [record])
+            except BaseException:
+                if is_new and not view.publications:
+                    self._remove_view(publication.view)
+                raise
+            self._publications[request.key] = publication
+            view.publications.add(request.key)
+            await self._give(request.key, request.credentials)
+        if publication.pin:
+            await self._core.cache.pin(self._pin(view, publication))
+        self._start_prefetch(view, publication)
+        log.info("published %s as %s", publication.source, publication.view)
+        return publication.view
+
+    async def _prove(self, view: View, publication: Publication, given: Given) -> None:
+        """One listing with these credentials: who may not list gets an error, not a view.
+
+        Not asked again: whether what is proven already may. Raises what the store raises, Offline.
+        """
+        if view.proven == given:
+            return
+        if self._core.config.offline:
+            raise Offline("volumes cannot be published offline: nobody can say who may see them")
+        if view.publications:  # others read with their credentials meanwhile
+            inner, keys = open_publication(publication, self._node, self._core.config)
+            keys.give(given)
+            try:
+                await self._core.offload.store(inner.probe)
+            finally:
+                inner.close()
+        else:
+            view.keys.give(given)
+            top = view.store.layout  # the directory that is the source itself
+            listing = self._core.snapshots.peek_now(view.volume, top)
+            if listing is None:
+                listing = await self._core.snapshots.refreeze(view.volume, top)
+                if not listing.entries:  # nothing there, or the patterns hide it
+                    await self._core.offload.store(view.store.probe)
+            else:
+                await self._core.offload.store(view.store.probe)
+        view.proven = given
+
+    async def _unpublish(self, params: Params, progress: Progress, caller: Caller) -> dict[str, Any]:
+        key = str(params.get("key"))
+        async with self._locked(key):
+            publication = self._publications.get(key)
+            if publication is None or publication.gone:
+                return {}
+            view = self._views[publication.view]
+            gone = msgspec.structs.replace(publication, gone=True)
+            record = Write(Table.VOLUMES, key.encode(), msgspec.msgpack.encode(gone))
+            await self._core.offload.index(self._apply, [record])
+            self._publications[key] = gone
+            view.publications.discard(key)
+            if not view.publications:
+                view.stop_background()
+            if publication.pin and not any(self._publications[other].pin for other in view.publications):
+                await self._core.cache.unpin(self._pin(view, publication).pin_id)
+            await self._sweep_one(gone, self._open_views())
+        return {}
+
+    async def _credentials(self, params: Params, progress: Progress, caller: Caller) -> dict[str, Any]:
+        key = str(params.get("key"))
+        given = convert_secret(params.get("credentials"), Given)
+        async with self._locked(key):
+            publication = self._known(key)
+            if given.kind == publication.kind:
+                await self._give(key, given)
+            else:
+                log.warning("volume %s: credentials of another kind were given and are not used", key)
+        return {}
+
+    async def _stats(self, params: Params, progress: Progress, caller: Caller) -> dict[str, Any]:
+        publication = self._known(str(params.get("key")))
+        view = self._views[publication.view]
+        totals = await self._core.volume_totals(view.volume)
+        names = ("bytes_total", "bytes_local", "objects_total", "objects_sealed")
+        return {**{name: totals[name] for name in names}, "condition": self._condition(publication, view)}
+
+    def _condition(self, publication: Publication, view: View) -> dict[str, Any]:
+        trouble = view.store.trouble
+        reason, message = "healthy", ""
+        if publication.kind != "anonymous" and view.keys.given is None:
+            reason = "credentials"
+            message = "waits for credentials: local bytes are read, others wait until the volume is published again"
+        elif isinstance(trouble, IntegrityError):
+            reason, message = "integrity", "the store sent bytes that are not what it promised"
+        elif isinstance(trouble, AccessDenied):
+            reason, message = (
+                "denied",
+                "the store refuses the volume's credentials: local bytes are read, others are not",
+            )
+        elif self._core.config.offline or isinstance(trouble, StoreUnavailable):
+            reason, message = "offline", "the store does not answer: local bytes are read, others wait"
+        elif isinstance(trouble, ObjectChanged | NotFound) or self._core.snapshots.is_stale(view.volume):
+            reason, message = "stale", "the source has changed: what this volume shows is not all there any more"
+        elif trouble is not None:
+            reason, message = "offline", "the store cannot be asked: see the server's log"
+        return {"abnormal": reason != "healthy", "message": message, "reason": reason}
+
+    def _known(self, key: str) -> Publication:
+        publication = self._publications.get(key)
+        if publication is None or publication.gone:
+            raise NotFound("no volume is published under this key")
+        return publication
+
+    # Views
+
+    async def _view(self, publication: Publication) -> View:
+        """The view, made when it is not there. Raises UsageError."""
+        view = self._views.get(publication.view)
+        if view is not None:
+            return view
+        inner, keys = open_publication(publication, self._node, self._core.config)
+        store = ViewStore(inner, layout=publication.layout, isolation=publication.isolation)
+        config = volume_config(publication)
+        volume = await self._tree.add_volume(config, store)
+        view = self._views[publication.view] = View(volume, store, keys)
+        self._core.volumes[publication.view] = volume
+        return view
+
+    def _remove_view(self, name: str) -> None:
+        view = self._views.pop(name)
+        view.stop_background()
+        self._tree.remove_volume(name)
+        self._core.volumes.pop(name, None)
+        view.store.close()
+
+    # Credentials
+
+    async def _give(self, key: str, given: Given) -> None:
+        """Replace what a key uses. The store is not asked."""
+        view = self._views[self._publications[key].view]
+        if self._given.get(key) != given:
+            self._given[key] = given
+            self._keep_credentials()
+        if view.keys.given != given:
+            view.keys.give(given)
+            if isinstance(view.store.trouble, AccessDenied | StoreUnavailable):
+                view.store.trouble = None
+
+    def _keep_credentials(self) -> None:
+        """For the next server process of this supervisor; nowhere else."""
+        descriptor = os.memfd_create("cachefs-credentials", os.MFD_CLOEXEC)
+        try:
+            data = memoryview(msgspec.json.encode(self._given))
+            while data:
+                data = data[os.write(descriptor, data) :]
+            self._keep.keep(credentials=descriptor)
+        finally:
+            os.close(descriptor)
+
+    # Background
+
+    def _pin(self, view: View, publication: Publication) -> Pin:
+        path = view.store.key_of_source()
+        return Pin(f"csi-{publication.view}", view.store.identity, path, time.time())
+
+    def _start_prefetch(self, view: View, publication: Publication) -> None:
+        assert self._nursery is not None
+        if publication.prefetch != "none":
+            self._nursery.start_soon(self._prefetch, view, publication.prefetch == "all")
+
+    async def _prefetch(self, view: View, everything: bool) -> None:
+        scope = trio.CancelScope()
+        view.background.add(scope)
+        try:
+            with scope:
+                chunks = self._wanted(view, everything)
+                turn = trio.Lock()
+                async with trio.open_nursery() as nursery:
+                    for _ in range(PREFETCH_CHUNKS):
+                        nursery.start_soon(self._fetch_some, view, chunks, turn)
+        except* CachefsError as group:
+            log.info("prefetch of %s ends: %s", view.volume.name, group.exceptions[0])
+        except* Exception:  # our own bug must not end the server
+            log.exception("prefetch of %s failed", view.volume.name)
+        finally:
+            view.background.discard(scope)
+
+    async def _fetch_some(self, view: View, chunks: AsyncIterator[tuple[Any, int]], turn: trio.Lock) -> None:
+        while True:
+            async with turn:
+                item = await anext(chunks, None)
+            if item is None:
+                return
+            await self._core.cache.ensure(view.store, *item)
+
+    async def _wanted(self, view: View, everything: bool) -> AsyncIterator[tuple[Any, int]]:
+        snapshots, cache = self._core.snapshots, self._core.cache
+        small = 0
+        async for directory, entry in snapshots.walk(view.volume, "" if everything else view.store.layout):
+            if not everything and (directory != view.store.layout or small >= SMALL_OBJECTS_MAX):
+                return
+            if not everything and entry.size > SMALL_BYTES:
+                continue
+            small += 1
+            object_id = snapshots.object_id(view.volume, directory, entry)
+            for index in range(chunk_count(object_id.size)):
+                if not cache.is_local(object_id, index):
+                    yield object_id, index
+
+    async def _sweep(self) -> None:
+        gone = [publication for publication in self._publications.values() if publication.gone]
+        open_views = self._open_views() if gone else set()
+        for publication in gone:
+            async with self._locked(publication.key):
+                if self._publications.get(publication.key) is publication:
+                    await self._sweep_one(publication, open_views)
+
+    async def _sweep_one(self, publication: Publication, open_views: set[str]) -> None:
+        """Forget a key that was unpublished, and its view when nothing is open in it."""
+        if publication.view in open_views:
+            return
+        async with self._locked("view " + publication.view):
+            await self._core.offload.index(self._apply, [Write(Table.VOLUMES, publication.key.encode(), None)])
+            del self._publications[publication.key]
+            if self._given.pop(publication.key, None) is not None:  # until now for files that were open
+                self._keep_credentials()
+            others = any(other.view == publication.view for other in self._publications.values())
+            if not others and publication.view in self._views and not self._views[publication.view].publications:
+                self._remove_view(publication.view)
+
+    def _open_views(self) -> set[str]:
+        views = set()
+        for entry in self._ledger.entries():
+            try:
+                views.add(self._tree.node(entry.inode).view)
+            except CachefsError:
+                continue
+        return views
+
+    def _apply(self, writes: Iterable[Write]) -> None:
+        self._core.index.apply(list(writes), durable=True)
+
+    def _locked(self, name: str) -> "_Held":
+        return _Held(self._locks, name)
+
+    def check_invariants(self) -> None:
+        for publication in self._publications.values():
+            view = self._views[publication.view]
+            assert publication.gone or publication.key in view.publications, publication.key
+        assert set(self._given) <= set(self._publications)
+
+
+class _Held:
+    """A lock by name that exists as long as somebody holds it or waits."""
+
+    def __init__(self, locks: dict[str, tuple[trio.Lock, int]], name: str) -> None:
+        self._locks = locks
+        self._name = name
+
+    async def __aenter__(self) -> None:
+        lock, users = self._locks.get(self._name, (trio.Lock(), 0))
+        self._locks[self._name] = (lock, users + 1)
+        try:
+            await lock.acquire()
+        except BaseException:
+            self._forget()
+            raise
+
+    async def __aexit__(self, *error: object) -> None:
+        self._locks[self._name][0].release()
+        self._forget()
+
+    def _forget(self) -> None:
+        lock, users = self._locks.pop(self._name)
+        if users > 1:
+            self._locks[self._name] = (lock, users - 1)
+
+
+def convert_secret(value: Any, kind: type[Any]) -> Any:
+    """As work.convert, for what has credentials in it: the message names no value."""
+    try:
+        return convert(value, kind)
+    except UsageError as exc:
+        place = str(exc).rpartition(" - at ")[2] if " - at " in str(exc) else "a parameter"
+        raise UsageError(f"{place[:80]} is missing or of the wrong kind") from None

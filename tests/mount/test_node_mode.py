@@ -1,0 +1,187 @@
+"""Node mode: keeper, supervisor and server of one node are killed, one after the other and together, under readers."""
+
+import contextlib
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cachefs.kernel.mounts import mount_as_root, unmount
+from cachefs.kernel.newmount import make_ledger
+from cachefs.kernel.session import Message, receive_message, send_message
+from tests.mount.harness import alive, needs_fuse, wait_for
+from tests.mount.node_support import SERVER_UID, Node, running_node, static
+from tests.support.lying import LyingServer
+
+pytestmark = needs_fuse
+
+MODEL = os.urandom(40 * 1024 * 1024)
+SUM = hashlib.sha256(MODEL).hexdigest()
+GOOD = static("AKIAGOOD", "secret")
+
+READER = """
+import hashlib, os, sys, time
+stop = sys.argv[2]
+rounds = 0
+while not os.path.exists(stop) or not rounds:
+    digest = hashlib.sha256()
+    with open(sys.argv[1], "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while part := file.read(1 << 20):
+            digest.update(part)
+    if digest.hexdigest() != sys.argv[3]:
+        sys.exit("wrong bytes")
+    rounds += 1
+    print(rounds, flush=True)
+"""
+
+
+@contextlib.contextmanager
+def reading(path: Path, stop: Path) -> Iterator["subprocess.Popen[str]"]:
+    """A process that reads the model again and again; at the end it must have read nothing wrong."""
+    command = [sys.executable, "-c", READER, str(path), str(stop), SUM]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "1\n"
+            yield process
+            stop.touch()
+            _, said = process.communicate(timeout=60)
+            assert process.returncode == 0, said
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def bucket(origin: LyingServer) -> LyingServer:
+    origin.put("models", "llama/model.safetensors", MODEL)
+    return origin
+
+
+def test_a_server_without_any_right_serves_everybody(bucket: LyingServer) -> None:
+    with running_node(bucket.endpoint_url) as node:
+        view = node.publish("pod", "s3://models/llama", GOOD, prefetch="none")
+        status = Path(f"/proc/{node.server_pid()}/status").read_text()
+        assert f"Uid:\t{SERVER_UID}\t{SERVER_UID}\t{SERVER_UID}" in status
+        assert "CapEff:\t0000000000000000" in status
+        pod = node.directory / "pod"
+        pod.mkdir(mode=0o755)
+        subprocess.run(["mount", "--bind", str(view), str(pod)], check=True)
+        command = ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", "sha256sum"]
+        done = subprocess.run([*command, str(pod / "model.safetensors")], capture_output=True, text=True, check=True)
+        assert done.stdout.startswith(SUM)
+        # The way to other principals' views is closed.
+        assert subprocess.run([*command[:-1], "ls", str(node.root)], capture_output=True).returncode != 0
+        assert node.ask("status")["volumes"][0]["passthrough"] is True
+
+
+@pytest.mark.parametrize("mask", ["", "passthrough"])
+def test_readers_notice_nothing_of_dying_servers_and_keepers(bucket: LyingServer, mask: str) -> None:
+    with running_node(bucket.endpoint_url, keeper=[f"--kernel-disable={mask}"]) as node:
+        view = node.publish("pod", "s3://models/llama", GOOD, prefetch="none")
+        device = node.mount()
+        with reading(view / "model.safetensors", node.directory / "stop"):
+            node.kill_server()
+            node.kill_keeper()
+            node.kill_server()
+            # Both at once: the supervisor holds the mount for a server that finds no keeper.
+            assert node.keeper is not None
+            node.keeper.kill()
+            node.keeper.wait()
+            node.kill_server()
+            before = node.takeovers()
+            node.start_keeper()
+            wait_for(lambda: node.takeovers() > before, "the takeover")
+            assert node.stop_supervisor() == 0
+            node.start_supervisor()
+        assert node.mount() == device
+
+
+def test_a_keeper_that_ends_leaves_the_mount(bucket: LyingServer) -> None:
+    with running_node(bucket.endpoint_url) as node:
+        view = node.publish("pod", "s3://models/llama", GOOD)
+        device = node.mount()
+        assert node.keeper is not None
+        node.keeper.terminate()
+        assert node.keeper.wait(60) == 0
+        assert (view / "model.safetensors").read_bytes() == MODEL
+        node.start_keeper()
+        wait_for(lambda: node.takeovers() == 1, "the takeover")
+        assert node.mount() == device
+
+
+def test_after_the_death_of_all_a_new_mount_shows_the_same_volumes(bucket: LyingServer) -> None:
+    with running_node(bucket.endpoint_url) as node:
+        view = node.publish("pod", "s3://models/llama", GOOD, prefetch="all")
+        wait_for(lambda: node.stats("pod")["objects_sealed"] == 1, "prefetched")
+        before = node.mount()
+        assert before is not None
+        assert node.keeper is not None
+        node.keeper.kill()
+        node.keeper.wait()
+        node.kill_supervisor()
+        node.start_keeper()
+        wait_for(lambda: "mounting anew" in node.log("keeper.log"), "a fresh mount")
+        node.start_supervisor()
+        assert (view / "model.safetensors").read_bytes() == MODEL
+        assert node.condition("pod") == "credentials"
+
+
+def test_a_keeper_believes_no_offer_of_another_mount(bucket: LyingServer) -> None:
+    with running_node(bucket.endpoint_url) as node:
+        view = node.publish("pod", "s3://models/llama", GOOD, prefetch="none")
+        assert node.supervisor is not None
+        assert node.keeper is not None
+        server = node.server_pid()
+        for pid in (node.supervisor.pid, server):
+            os.kill(pid, signal.SIGSTOP)
+        node.keeper.kill()
+        node.keeper.wait()
+        node.start_keeper()
+        wait_for(lambda: "waiting for who holds it" in node.log("keeper.log"), "the keeper waits")
+        other = node.directory / "other"
+        other.mkdir()
+        fuse_fd = mount_as_root(other, allow_other=False)
+        try:
+            ledger_fd, memory_fd = make_ledger(), os.memfd_create("x")
+            assert offer(node, [fuse_fd, ledger_fd, memory_fd]) == "closed"
+            assert offer(node, [ledger_fd, ledger_fd, memory_fd]) == "closed"
+            assert offer(node, []) == "closed"
+            assert node.log("keeper.log").count("refused what server") == 2
+        finally:
+            unmount(other, as_root=True)
+            os.close(fuse_fd)
+            for pid in (node.supervisor.pid, server):
+                os.kill(pid, signal.SIGCONT)
+        wait_for(lambda: "took the mount back" in node.log("keeper.log"), "the right offer is taken")
+        assert (view / "model.safetensors").read_bytes() == MODEL
+        assert alive(server)
+
+
+def offer(node: Node, descriptors: list[int]) -> str:
+    """What the keeper makes of it: the kind of its answer, or "closed"."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(60)
+        sock.connect(str(node.node_dir / "run" / "keeper.sock"))
+        send_message(sock, Message("hello"), descriptors)
+        packet = receive_message(sock)
+        return "closed" if packet is None else packet[0].kind
+
+
+def test_a_connection_without_the_session_registers_nothing(bucket: LyingServer) -> None:
+    with running_node(bucket.endpoint_url) as node:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock, Path("/etc/hostname").open("rb") as file:
+            sock.settimeout(60)
+            sock.connect(str(node.node_dir / "run" / "keeper.sock"))
+            send_message(sock, Message("register", request=1, node=2), [file.fileno()])
+            assert receive_message(sock) is None
+        assert offer(node, []) == "closed"  # one server at a time
+        command = ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", "ls", str(node.node_dir / "run")]
+        assert subprocess.run(command, capture_output=True).returncode != 0
+        node.kill_server()
