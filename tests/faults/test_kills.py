@@ -19,7 +19,7 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-from cachefs.chunk import CHUNK_BYTES
+from cachefs.chunk import CHUNK_BYTES, MIB
 from cachefs.config import GIB
 from cachefs.settings import parse_size
 from tests.faults.killing import (
