@@ -182,9 +182,12 @@ class Publications:
         view.proven = given
 
     async def _unpublish(self, params: Params, progress: Progress, caller: Caller) -> dict[str, Any]:
-        key = str(params.get("key"))
+        key = str(params.get("key"))[:64]
         async with self._locked(key):
             publication = self._publications.get(key)
+            if publication is None and self._core.index.get(Table.VOLUMES, key.encode()) is not None:
+                # Not shown, because the admin's policy changed.
+                await self._core.offload.index(self._apply, [Write(Table.VOLUMES, key.encode(), None)])
             if publication is None or publication.gone:
                 return {}
             view = self._views[publication.view]
@@ -193,8 +196,6 @@ class Publications:
             await self._core.offload.index(self._apply, [record])
             self._publications[key] = gone
             view.publications.discard(key)
-            if self._given.pop(key, None) is not None:
-                self._keep_credentials()
             if not view.publications:
                 view.stop_background()
             if publication.pin and not any(self._publications[other].pin for other in view.publications):
@@ -358,6 +359,8 @@ class Publications:
         async with self._locked("view " + publication.view):
             await self._core.offload.index(self._apply, [Write(Table.VOLUMES, publication.key.encode(), None)])
             del self._publications[publication.key]
+            if self._given.pop(publication.key, None) is not None:  # until now for files that were open
+                self._keep_credentials()
             others = any(other.view == publication.view for other in self._publications.values())
             if not others and publication.view in self._views and not self._views[publication.view].publications:
                 self._remove_view(publication.view)
