@@ -25,6 +25,7 @@ from cachefs.kernel.mounts import check_mountpoint, recover_dead_mount
 from cachefs.kernel.process import python_command
 
 READY_TIMEOUT_S = 120.0
+END_TIMEOUT_S = 10.0
 
 
 class KeeperProcess(msgspec.Struct, frozen=True):
@@ -90,8 +91,8 @@ def start_keeper(
         raise
     finally:
         os.close(ready)  # a keeper whose server is not ready yet sees this, unmounts and ends
-    if foreground and "error" in line:
-        process.wait()
+    if "error" in line:
+        _wait_for_end(config.server.runtime_dir)
     return _started(line, process if foreground else None, config)
 
 
@@ -129,6 +130,13 @@ def is_supervised(runtime_dir: Path) -> bool:
     finally:
         os.close(lock)
     return False
+
+
+def _wait_for_end(runtime_dir: Path) -> None:
+    """A keeper that has said why it ends does so at once: whoever tries again must not find the directory in use."""
+    deadline_s = time.monotonic() + END_TIMEOUT_S
+    while is_supervised(runtime_dir) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
 
 
 def _make_directories(directories: tuple[Path, ...]) -> None:

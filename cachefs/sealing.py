@@ -116,13 +116,20 @@ class Sealing:
         log.info("%s is verified before it is served from its blob directly", cached.object_id.path)
         try:
             before = await self._offload.disk(self._blobs.tier.stat, cached.name)
-            bad = await self.verify_object(cached, lambda count: None)
-            for index in bad:
-                await self._space.drop_chunk(cached, index)
+            bad = await self._verify_and_drop(cached)
             if not bad:
                 await self._reseal(cached, before)
         finally:
             self._verifying.discard(cached.object_id)
+
+    async def _verify_and_drop(self, cached: CachedObject) -> list[int]:
+        """Give up chunks that are wrong, unless a reader who met one has given up the whole blob meanwhile."""
+        generation = cached.generation
+        bad = await self.verify_object(cached, lambda count: None)
+        for index in bad:
+            if cached.generation == generation:
+                await self._space.drop_chunk(cached, index)
+        return bad
 
     async def _reseal(self, cached: CachedObject, before: BlobStat | None) -> None:
         """Every chunk was just checked: the blob is the sealed one, if it still looks as it did before the check."""
@@ -214,12 +221,14 @@ class Sealing:
 
         for cached in chosen:
             before = await self._offload.disk(self._blobs.tier.stat, cached.name)
+            generation = cached.generation
             wrong = await self.verify_object(cached, advance)
             bad.extend(ChunkKey(cached.object_id, index) for index in wrong)
             if repair or rebuild:
                 present = cached.present
                 for index in wrong:
-                    await self._space.drop_chunk(cached, index)
+                    if cached.generation == generation:
+                        await self._space.drop_chunk(cached, index)
                 dropped += present - cached.present
             if not wrong and cached.complete and (cached.suspect or cached.seal is None):
                 await self._reseal(cached, before)

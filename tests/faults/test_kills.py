@@ -19,7 +19,7 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-from cachefs.chunk import CHUNK_BYTES
+from cachefs.chunk import CHUNK_BYTES, MIB
 from cachefs.config import GIB
 from cachefs.settings import parse_size
 from tests.faults.killing import (
@@ -141,8 +141,8 @@ def test_safetensors_load_through_mmap_gets_every_tensor(tmp_path: Path, origin:
     wanted: list[str] = []
     files = []
     for number in range(OBJECTS):
-        rows = OBJECT_BYTES // (24 * 1024)
-        tensors = {f"layer.{layer:02}": generator.bytes(rows * 1024) for layer in range(24)}
+        layers = OBJECT_BYTES // (2 * MIB)
+        tensors = {f"layer.{layer:04}": generator.bytes(rows * 1024) for layer in range(layers)}
         arrays = {name: numpy.frombuffer(data, dtype=numpy.uint8).reshape(rows, 1024) for name, data in tensors.items()}
         files.append(tmp_path / f"model-{number}.safetensors")
         save_file(arrays, files[-1])
