@@ -18,6 +18,7 @@ from cachefs.kernel.mounts import check_mountpoint, recover_dead_mount
 from cachefs.kernel.process import python_command
 
 READY_TIMEOUT_S = 120.0
+END_TIMEOUT_S = 5.0
 
 
 class KeeperProcess(msgspec.Struct, frozen=True):
@@ -82,6 +83,8 @@ def start_keeper(
         os.close(ready)  # a keeper whose server is not ready yet sees this, unmounts and ends
     if foreground and "error" in line:
         process.wait()
+    elif not line.get("ok"):
+        _wait_for_end(config.server.runtime_dir)
     return _started(line, process if foreground else None, config)
 
 
@@ -109,6 +112,13 @@ def is_supervised(runtime_dir: Path) -> bool:
     finally:
         os.close(lock)
     return False
+
+
+def _wait_for_end(runtime_dir: Path) -> None:
+    """Until a keeper that gave up has ended, or the same command, given again at once, would find it there."""
+    deadline_s = time.monotonic() + END_TIMEOUT_S
+    while is_supervised(runtime_dir) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
 
 
 def _make_directories(directories: tuple[Path, ...]) -> None:

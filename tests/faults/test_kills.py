@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from cachefs.chunk import CHUNK_BYTES
-from cachefs.config import GIB
+from cachefs.config import GIB, MIB
 from cachefs.settings import parse_size
 from tests.faults.killing import (
     LONG,

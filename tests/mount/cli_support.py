@@ -1,5 +1,6 @@
 """Runs the real command line against a state directory of the test's own, and cleans up whatever happens."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -82,6 +83,8 @@ class Cli:
         print(self.log("keeper.log"), self.log(), sep="\n")
         try:
             self.run("umount", "--all", "--lazy", code=None)
+            with contextlib.suppress(AssertionError):  # a lazy unmount does not wait long for the server
+                wait_for(lambda: not self.mounts(), "the last mount goes", 30)
             left = self.mounts()
         finally:
             import ctypes
