@@ -1,5 +1,7 @@
 """Frozen, typed configuration; the only reader of flags, environment and file (flags > CACHEFS_* > file > defaults)."""
 
+import os
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Literal
 
@@ -108,3 +110,42 @@ def encode(config: MountConfig) -> bytes:
 def decode(data: bytes) -> MountConfig:
     """The inverse of encode()."""
     return msgspec.json.decode(data, type=MountConfig, dec_hook=lambda kind, value: kind(value))
+
+
+CREDENTIAL_VARIABLES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_SECURITY_TOKEN",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN",
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+)
+"""The environment's secrets. A keeper has none of them: it holds a memfd with them, which only servers read."""
+
+CREDENTIALS_FD_VARIABLE = "CACHEFS_CREDENTIALS_FD"
+CREDENTIALS_FD_MIN = 100
+"""Its number is the same in every process, out of the way of those that a program gives out by itself."""
+
+
+def without_credentials(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a process that has no business with the store."""
+    return {name: value for name, value in environ.items() if name not in CREDENTIAL_VARIABLES}
+
+
+def credentials_fd(environ: Mapping[str, str]) -> int:
+    """The descriptor of the memfd; -1: there is none."""
+    return int(environ.get(CREDENTIALS_FD_VARIABLE, "-1"))
+
+
+def write_credentials(descriptor: int, environ: Mapping[str, str]) -> None:
+    """Put the environment's secrets into a memfd, as JSON."""
+    found = {name: environ[name] for name in CREDENTIAL_VARIABLES if name in environ}
+    os.pwrite(descriptor, msgspec.json.encode(found), 0)
+
+
+def read_credentials(environ: MutableMapping[str, str]) -> None:
+    """In a server: the secrets back into its environment, where the stores' libraries look for them."""
+    if (descriptor := credentials_fd(environ)) >= 0:
+        size = os.fstat(descriptor).st_size
+        environ.update(msgspec.json.decode(os.pread(descriptor, size, 0), type=dict[str, str]))

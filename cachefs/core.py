@@ -17,7 +17,7 @@ import trio
 from cachefs.cache import DRAIN_SECONDS, ChunkCache
 from cachefs.cached import ObjectRecord, Pin
 from cachefs.chunk import ObjectId, chunk_count, chunk_length
-from cachefs.config import ServerConfig, VolumeConfig
+from cachefs.config import GIB, ServerConfig, VolumeConfig
 from cachefs.errors import CachefsError, NotFound, WorkFailed
 from cachefs.index import Index
 from cachefs.metrics import Metrics
@@ -224,6 +224,12 @@ class Core:
         async with trio.open_nursery() as nursery:
             for _ in range(WARM_CHUNKS):
                 nursery.start_soon(worker)
+        capacity = self.cache.usage().capacity_bytes
+        if total > capacity and sum(self.cache.local_bytes(object_id) for object_id in objects) < total:
+            raise WorkFailed(
+                f"{source.config.source} has {total / GIB:.3g} GiB, the cache holds at most {capacity / GIB:.3g} GiB: "
+                "a part is local; give a larger --cache-size, or warm less (--include)"
+            )
         if failed:
             path, error = failed[0]
             raise WorkFailed(f"{len(failed)} chunks could not be fetched, the first of {path}: {error}") from error

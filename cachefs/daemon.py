@@ -16,6 +16,7 @@ from collections.abc import Callable
 import trio
 
 from cachefs import control, fuse, logs
+from cachefs.config import read_credentials
 from cachefs.core import Core, first_error, open_core
 from cachefs.errors import CachefsError, WorkFailed
 from cachefs.ledger import Ledger
@@ -46,6 +47,7 @@ log = logging.getLogger("cachefs.daemon")  # __name__ is "__main__" here
 
 def main(arguments: list[str]) -> int:
     """Exit code 0: unmounted or handed over; 2: the first start failed and was reported; 1: restart me."""
+    read_credentials(os.environ)
     link = NodeLink.begin(int(arguments[1])) if arguments[0] == "--node" else KeeperLink.receive(int(arguments[0]))
     server = link.session.config.server
     logs.set_up(server.state_dir, server.log_level, server.log_format)

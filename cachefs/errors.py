@@ -101,5 +101,9 @@ class StateBusy(UsageError):
     """Another live server or command holds the state directory."""
 
 
+class StateDamaged(UsageError):
+    """The index cannot be read: move it away."""
+
+
 class StateTooNew(UsageError):
     """The state directory was written by a newer format than this version reads."""

@@ -5,6 +5,7 @@ are in the kernel's page cache) and a power cut if it was applied with `durable=
 (fdatasync of the data; the meta page follows with the next commit: `metasync=False`, 124 us against 250 us).
 """
 
+import contextlib
 import enum
 import os
 from collections.abc import Iterator, Sequence
@@ -13,11 +14,19 @@ from typing import NamedTuple
 
 import lmdb
 
-from cachefs.errors import NoSpace, StateTooNew, UsageError
+from cachefs.errors import NoSpace, StateDamaged, StateTooNew, UsageError
 
 FORMAT_VERSION = 1
 MAP_BYTES = 64 * 1024**3
 """Sparse: the file grows only with what is in it."""
+NEVER_WRITTEN_BYTES = 256 * 1024
+LOCK_BYTES = 128 * 1024
+"""More than its table of 1024 readers takes. It is mapped: room that is missing later would be SIGBUS."""
+RESERVE_BYTES = 8 * 1024**2
+"""Allocated beyond what is in it at each start, so that names can be looked up, and a server be started, on a disk
+that others have filled: 8 MiB are some 20,000 names."""
+
+_DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.InvalidError, lmdb.IncompatibleError)
 
 
 class Table(enum.Enum):
@@ -46,9 +55,11 @@ class Index:
     """One open environment. Reads are cheap (under 1 us) and may run anywhere; writes block on the disk."""
 
     def __init__(self, directory: Path, *, map_bytes: int = MAP_BYTES) -> None:
-        """Open or create `directory/data.mdb`. Raises StateTooNew for a newer format, UsageError if it is damaged."""
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        """Open or create `directory/data.mdb`. Raises StateTooNew for a newer format, StateDamaged, UsageError."""
+        self._directory = directory
         try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _allocate(directory / "lock.mdb", 0, LOCK_BYTES)
             self._env = lmdb.open(
                 os.fspath(directory),
                 map_size=map_bytes,
@@ -57,15 +68,33 @@ class Index:
                 metasync=False,
                 mode=0o600,
             )
+            self._reserve(directory / "data.mdb")
+            _close_on_exec(directory / "data.mdb")
+            self._env.reader_check()  # slots of processes that were killed
+            self._tables = {table: self._env.open_db(table.value) for table in Table}
+            self._check_format(directory)
+        except (lmdb.DiskError, OSError) as exc:
+            raise UsageError(f"the index {directory} cannot be opened ({exc}): make room, or mend the disk") from exc
         except lmdb.Error as exc:
-            raise UsageError(
-                f"the index {directory} cannot be opened ({exc}): move it away and mount again; "
-                "what it knows is fetched anew"
-            ) from exc
-        _close_on_exec(directory / "data.mdb")
-        self._env.reader_check()  # slots of processes that were killed
-        self._tables = {table: self._env.open_db(table.value) for table in Table}
-        self._check_format(directory)
+            raise self._damaged(exc) from exc
+
+    def _reserve(self, path: Path) -> None:
+        """RESERVE_BYTES beyond what the header says. Raises CorruptedError if the file is cut off.
+
+        Reading behind its end would be SIGBUS. It may end a little early: pages that a transaction took and gave
+        back are never written.
+        """
+        used_bytes = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        if path.stat().st_size < used_bytes - NEVER_WRITTEN_BYTES:
+            raise lmdb.CorruptedError(f"{path} is cut off")
+        with contextlib.suppress(OSError):  # full already
+            _allocate(path, used_bytes, used_bytes + RESERVE_BYTES)
+
+    def _damaged(self, exc: lmdb.Error) -> StateDamaged:
+        return StateDamaged(
+            f"the index {self._directory} cannot be read ({exc}): move it away and mount again; "
+            "what it knows is fetched anew"
+        )
 
     def _check_format(self, directory: Path) -> None:
         found = self.get(Table.META, b"format")
@@ -79,23 +108,29 @@ class Index:
             )
 
     def get(self, table: Table, key: bytes) -> bytes | None:
-        with self._env.begin(self._tables[table]) as txn:
-            value: bytes | None = txn.get(key)
-            return value
+        try:
+            with self._env.begin(self._tables[table]) as txn:
+                value: bytes | None = txn.get(key)
+                return value
+        except _DAMAGE as exc:
+            raise self._damaged(exc) from exc
 
     def scan(self, table: Table, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """Keys with `prefix`, in order. Sees one moment; holds a reader slot while it is iterated."""
-        with self._env.begin(self._tables[table]) as txn, txn.cursor() as cursor:
-            found = cursor.set_range(prefix) if prefix else cursor.first()
-            while found:
-                key, value = cursor.item()
-                if not key.startswith(prefix):
-                    return
-                yield key, value
-                found = cursor.next()
+        try:
+            with self._env.begin(self._tables[table]) as txn, txn.cursor() as cursor:
+                found = cursor.set_range(prefix) if prefix else cursor.first()
+                while found:
+                    key, value = cursor.item()
+                    if not key.startswith(prefix):
+                        return
+                    yield key, value
+                    found = cursor.next()
+        except _DAMAGE as exc:
+            raise self._damaged(exc) from exc
 
     def apply(self, writes: Sequence[Write], *, durable: bool) -> None:
-        """All writes or none. Raises NoSpace when the map or the disk is full."""
+        """All writes or none. Raises NoSpace when the map or the disk is full, or the disk fails."""
         try:
             with self._env.begin(write=True) as txn:
                 for table, key, value in writes:
@@ -105,6 +140,10 @@ class Index:
                         txn.put(key, value, db=self._tables[table])
         except (lmdb.MapFullError, lmdb.DiskError) as exc:
             raise NoSpace(f"the index is full: {exc}") from exc
+        except lmdb.Error as exc:
+            if type(exc) is not lmdb.Error and not isinstance(exc, _DAMAGE):
+                raise  # our own mistake
+            raise NoSpace(f"the index cannot be written: {exc}") from exc
         if durable:
             self.sync()
 
@@ -127,3 +166,14 @@ def _close_on_exec(path: Path) -> None:
                 os.set_inheritable(int(entry), False)
         except OSError:
             continue  # another thread's, closed meanwhile
+
+
+def _allocate(path: Path, length: int, allocated: int) -> None:
+    """At least so long, and so many bytes that need no room later."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if os.fstat(descriptor).st_size < length:
+            os.ftruncate(descriptor, length)
+        os.posix_fallocate(descriptor, 0, allocated)
+    finally:
+        os.close(descriptor)

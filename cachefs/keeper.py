@@ -19,7 +19,7 @@ import time
 
 import msgspec
 
-from cachefs.config import decode
+from cachefs.config import credentials_fd, decode
 from cachefs.errors import CachefsError, StateBusy, UsageError, WorkFailed
 from cachefs.kernel import mounts, wire
 from cachefs.kernel.backing import BackingRefused, Backings, trusted_program
@@ -147,7 +147,7 @@ class Keeper:
             handed = [serving_fd, session.ledger_fd, memory_fd, session.fuse_fd]
             send_message(ours, Message("session"), handed)
             command = python_command(session.python, "-m", session.server_module, "3")
-            pid = spawn(command, link=theirs.fileno(), stderr=log_fd)
+            pid = spawn(command, link=theirs.fileno(), stderr=log_fd, credentials=credentials_fd(os.environ))
         except OSError as exc:
             ours.close()
             log(f"cannot start a server: {exc}")
@@ -269,6 +269,7 @@ class Keeper:
         send_message(ours, Message("session"), handed)
         os.close(memory_fd)
         os.set_inheritable(theirs.fileno(), True)
+        _inherit_credentials(True)
         # Stays blocked over exec, until the new keeper has its handlers.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
         command = python_command(session.python, "-m", "cachefs.keeper", "--takeover", str(theirs.fileno()))
@@ -429,9 +430,16 @@ class Keeper:
         self._session.config = msgspec.structs.replace(self._session.config, volumes=volumes)
 
 
+def _inherit_credentials(inherit: bool) -> None:
+    """Whether a program that is executed gets the memfd with the environment's secrets, which no keeper reads."""
+    if (descriptor := credentials_fd(os.environ)) >= 0:
+        os.set_inheritable(descriptor, inherit)
+
+
 def start(ready_fd: int, server_module: str, foreground: bool) -> int:
     """A new mount, for a command that reads one line from ready_fd."""
     os.set_inheritable(ready_fd, False)
+    _inherit_credentials(False)
     data = sys.stdin.buffer.read()
     null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
     os.dup2(null, 0)
@@ -456,6 +464,7 @@ def start(ready_fd: int, server_module: str, foreground: bool) -> int:
 def take_over(link_fd: int) -> int:
     """Supervise a live server whose keeper has died, or (after an upgrade) go on as the new version's keeper."""
     os.set_inheritable(link_fd, False)
+    _inherit_credentials(False)
     sock = socket.socket(fileno=link_fd)
     packet = receive_message(sock)
     if packet is None or packet[0].kind != "session" or len(packet[1]) < 4:

@@ -12,13 +12,20 @@ from pathlib import Path
 
 import msgspec
 
-from cachefs.config import MountConfig, encode
+from cachefs.config import (
+    CREDENTIALS_FD_MIN,
+    CREDENTIALS_FD_VARIABLE,
+    MountConfig,
+    encode,
+    without_credentials,
+    write_credentials,
+)
 from cachefs.errors import CachefsError, StateBusy, UsageError, WorkFailed
 from cachefs.kernel.mounts import check_mountpoint, recover_dead_mount
 from cachefs.kernel.process import python_command
 
 READY_TIMEOUT_S = 120.0
-END_TIMEOUT_S = 5.0
+END_TIMEOUT_S = 10.0
 
 
 class KeeperProcess(msgspec.Struct, frozen=True):
@@ -52,6 +59,7 @@ def start_keeper(
         command.append("--foreground")
     else:
         log = open_log(config.server.state_dir)
+    credentials = _credentials()
     try:
         process = subprocess.Popen(
             command,
@@ -59,7 +67,8 @@ def start_keeper(
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            pass_fds=[ready_for_keeper],
+            env={**without_credentials(os.environ), CREDENTIALS_FD_VARIABLE: str(credentials)},
+            pass_fds=[ready_for_keeper, credentials],
             start_new_session=not foreground,
         )
     except OSError as exc:
@@ -67,6 +76,7 @@ def start_keeper(
         raise WorkFailed(f"cannot start the keeper: {exc}") from exc
     finally:
         os.close(ready_for_keeper)
+        os.close(credentials)
         if log is not None:
             os.close(log)
     try:
@@ -81,11 +91,19 @@ def start_keeper(
         raise
     finally:
         os.close(ready)  # a keeper whose server is not ready yet sees this, unmounts and ends
-    if foreground and "error" in line:
-        process.wait()
-    elif not line.get("ok"):
+    if "error" in line:
         _wait_for_end(config.server.runtime_dir)
     return _started(line, process if foreground else None, config)
+
+
+def _credentials() -> int:
+    """A new memfd with the secrets of the environment, for servers: the keeper starts without them."""
+    memory_fd = os.memfd_create("cachefs-credentials", os.MFD_CLOEXEC)
+    try:
+        write_credentials(memory_fd, os.environ)
+        return fcntl.fcntl(memory_fd, fcntl.F_DUPFD_CLOEXEC, CREDENTIALS_FD_MIN)
+    finally:
+        os.close(memory_fd)
 
 
 def open_log(state_dir: Path) -> int:
@@ -115,7 +133,7 @@ def is_supervised(runtime_dir: Path) -> bool:
 
 
 def _wait_for_end(runtime_dir: Path) -> None:
-    """Until a keeper that gave up has ended, or the same command, given again at once, would find it there."""
+    """A keeper that has said why it ends does so at once: whoever tries again must not find the directory in use."""
     deadline_s = time.monotonic() + END_TIMEOUT_S
     while is_supervised(runtime_dir) and time.monotonic() < deadline_s:
         time.sleep(0.01)

@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 import trio
 
-from cachefs.config import VolumeConfig
+from cachefs.config import VolumeConfig, credentials_fd
 from cachefs.errors import CachefsError, UsageError, WorkFailed
 from cachefs.kernel.process import how_it_ended, python_command, spawn
 from cachefs.kernel.session import (
@@ -216,7 +216,7 @@ class KeeperLink:
                 handed = [self._mount_fd, self.session.ledger_fd, memory_fd, own_pidfd]
                 send_message(ours, Message("session"), handed)
                 command = python_command(sys.executable, "-m", "cachefs.keeper", "--takeover", "3")
-                pid = spawn(command, link=theirs.fileno(), stderr=log_fd)
+                pid = spawn(command, link=theirs.fileno(), stderr=log_fd, credentials=credentials_fd(os.environ))
             except OSError:
                 ours.close()
                 raise

@@ -182,9 +182,12 @@ class Publications:
         view.proven = given
 
     async def _unpublish(self, params: Params, progress: Progress, caller: Caller) -> dict[str, Any]:
-        key = str(params.get("key"))
+        key = str(params.get("key"))[:64]
         async with self._locked(key):
             publication = self._publications.get(key)
+            if publication is None and self._core.index.get(Table.VOLUMES, key.encode()) is not None:
+                # Not shown, because the admin's policy changed.
+                await self._core.offload.index(self._apply, [Write(Table.VOLUMES, key.encode(), None)])
             if publication is None or publication.gone:
                 return {}
             view = self._views[publication.view]

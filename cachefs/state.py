@@ -3,12 +3,15 @@
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from cachefs.errors import StateBusy, UsageError
+
+log = logging.getLogger(__name__)
 
 LOCK_NAME = "lock"
 SIZE_NAME = "cache_bytes_max"
@@ -67,16 +70,22 @@ def state_lock(state_dir: Path, *, wait_s: float = 0.0) -> Iterator[None]:
         "unmount it first, or give another one with --state-dir"
     )
     with file_lock(state_dir / LOCK_NAME, wait_s=wait_s, busy=busy) as descriptor:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            length = os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            os.ftruncate(descriptor, length)
         yield
 
 
 def remember_size(state_dir: Path, cache_bytes_max: int) -> None:
     """What the last server was told to keep at most; a command without a server must not evict down to less."""
+    if remembered_size(state_dir) == cache_bytes_max:
+        return
     new = state_dir / (SIZE_NAME + ".new")
-    new.write_text(f"{cache_bytes_max}\n")
-    new.replace(state_dir / SIZE_NAME)
+    try:
+        new.write_text(f"{cache_bytes_max}\n")
+        new.replace(state_dir / SIZE_NAME)
+    except OSError as exc:  # a full disk must not keep a mount from coming back
+        log.warning("%s cannot be written: %s", state_dir / SIZE_NAME, exc.strerror)
 
 
 def remembered_size(state_dir: Path) -> int | None:

@@ -107,7 +107,8 @@ def open_publication(publication: Publication, node: NodeConfig, server: ServerC
         publication.source, publication.endpoint_url, publication.region, node
     )
     chain = None
-    if publication.kind == "chain" and node.allow_node_credentials:
+    if publication.kind == "chain":
+        Given(kind="chain").check("s3", node_credentials=node.allow_node_credentials)
         from cachefs.store import _aws
 
         plain = _aws.keys_in_environment(None, os.environ)

@@ -8,16 +8,19 @@ import sys
 import time
 from collections.abc import Sequence
 
+from cachefs.config import CREDENTIALS_FD_VARIABLE, without_credentials
+
 PEERCRED = struct.Struct("=iII")  # struct ucred of socket(7): pid, uid, gid
 LINK_FD = 3
 """Where a started keeper or server finds its socket."""
 
 
-def spawn(command: Sequence[str], *, link: int, stderr: int, stdin: int = -1) -> int:
+def spawn(command: Sequence[str], *, link: int, stderr: int, stdin: int = -1, credentials: int = -1) -> int:
     """Start a process in a session of its own with `link` as its descriptor 3, and return its pid.
 
     posix_spawn, because it does not copy the page tables of a large server, and is safe beside threads.
-    stdout goes to `stderr`; stdin is /dev/null unless it is given; no other descriptor is inherited.
+    stdout goes to `stderr`; stdin is /dev/null unless it is given; no other descriptor is inherited
+    but `credentials`, a memfd with what the environment of the new process does not have.
     """
     source = (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0) if stdin < 0 else (os.POSIX_SPAWN_DUP2, stdin, 0)
     # The descriptors are above 3 or are dup2'ed before 3 is overwritten; dup2 clears close-on-exec.
@@ -27,10 +30,15 @@ def spawn(command: Sequence[str], *, link: int, stderr: int, stdin: int = -1) ->
         (os.POSIX_SPAWN_DUP2, stderr, 2),
         (os.POSIX_SPAWN_DUP2, link, LINK_FD),
     ]
+    environment = without_credentials(os.environ)
+    environment.pop(CREDENTIALS_FD_VARIABLE, None)
+    if credentials >= 0:
+        environment[CREDENTIALS_FD_VARIABLE] = str(credentials)
+        actions.append((os.POSIX_SPAWN_DUP2, credentials, credentials))  # onto itself: inherited
     return os.posix_spawn(
         command[0],
         list(command),
-        os.environ,
+        environment,
         file_actions=actions,
         setsid=True,
         setsigmask=(),

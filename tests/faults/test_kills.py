@@ -19,8 +19,8 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-from cachefs.chunk import CHUNK_BYTES
-from cachefs.config import GIB, MIB
+from cachefs.chunk import CHUNK_BYTES, MIB
+from cachefs.config import GIB
 from cachefs.settings import parse_size
 from tests.faults.killing import (
     LONG,

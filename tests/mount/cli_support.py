@@ -1,6 +1,5 @@
 """Runs the real command line against a state directory of the test's own, and cleans up whatever happens."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -82,10 +81,10 @@ class Cli:
         """Unmount all, kill what is left, and assert that nothing was. The logs show when a test fails."""
         print(self.log("keeper.log"), self.log(), sep="\n")
         try:
-            self.run("umount", "--all", "--lazy", code=None)
-            with contextlib.suppress(AssertionError):  # a lazy unmount does not wait long for the server
-                wait_for(lambda: not self.mounts(), "the last mount goes", 30)
-            left = self.mounts()
+            done = self.run("umount", "--all", "--lazy", code=None)
+            print(done.returncode, done.stdout, done.stderr)
+            # --lazy returns after 3 s; on a loaded machine the end takes longer.
+            wait_for(lambda: not self.mounts(), "all that was mounted is gone")
         finally:
             import ctypes
 
@@ -95,7 +94,6 @@ class Cli:
             for place in reversed(self.mounts()):
                 ctypes.CDLL(None).umount2(os.fsencode(place), MNT_DETACH)
             shutil.rmtree(self.runtime_dir, ignore_errors=True)
-        assert left == []
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -59,6 +59,8 @@ class Node:
         self.endpoints = list(endpoints)
         self.keeper: subprocess.Popen[bytes] | None = None
         self.supervisor: subprocess.Popen[bytes] | None = None
+        self.variables: dict[str, str] = {}
+        """More for the environment of keeper and server."""
         self._keeper_flags: tuple[str, ...] = ()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._devices: set[str] = set()
@@ -69,7 +71,7 @@ class Node:
         """Without any key: what a volume may see, it brings itself."""
         kept = {name: value for name, value in os.environ.items() if name not in (*LOUD_VARIABLES, *KEYS)}
         quiet = {name: value for name, value in QUIET_ENVIRONMENT.items() if name not in KEYS}
-        return {**kept, **quiet, "PYTHONPATH": str(REPOSITORY), "HOME": "/nonexistent"}
+        return {**kept, **quiet, "PYTHONPATH": str(REPOSITORY), "HOME": "/nonexistent", **self.variables}
 
     # Processes
 
@@ -229,9 +231,12 @@ class Node:
 
 
 @contextlib.contextmanager
-def running_node(*endpoints: str, keeper: Sequence[str] = (), server: Sequence[str] = ()) -> Iterator[Node]:
+def running_node(
+    *endpoints: str, keeper: Sequence[str] = (), server: Sequence[str] = (), variables: Mapping[str, str] | None = None
+) -> Iterator[Node]:
     """A keeper and a server that answer."""
     with Node(endpoints) as node:
+        node.variables.update(variables or {})
         node.start_keeper(*keeper)
         node.start_supervisor(*server)
         yield node

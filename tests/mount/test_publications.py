@@ -1,7 +1,9 @@
 """What the CSI driver asks of a node's server: real keeper, real server (uid 65534), real S3 servers, real mounts."""
 
+import ctypes
 import http.server
 import json
+import mmap
 import os
 import subprocess
 import threading
@@ -236,6 +238,70 @@ def test_prefetch_begins_at_publish_and_a_pin_ends_with_thekey_of(node: Node, or
     assert all(item["pinned"] for item in node.ask("ls")["objects"])
     node.unpublish("all")
     assert not any(item["pinned"] for item in node.ask("ls")["objects"])
+
+
+def test_the_servers_own_keys_are_used_only_where_the_admin_allows_it(tmp_path: Path) -> None:
+    with HadroServer(tmp_path / "hadro") as s3:
+        s3.put("models", "llama/config.json", b"{}")
+        keys = {"AWS_ACCESS_KEY_ID": s3.access_key, "AWS_SECRET_ACCESS_KEY": s3.secret_key}
+        with running_node(s3.endpoint_url, server=["--allow-node-credentials"], variables=keys) as node:
+            view = node.publish("pod", "s3://models/llama", {"kind": "chain"})
+            assert (view / "config.json").read_bytes() == b"{}"
+            node.kill_supervisor()
+            node.start_supervisor("--allow-node-credentials")
+            assert node.condition("pod") == "healthy"
+            for other in ({"kind": "anonymous"}, static("AKIAOTHER", "secret")):  # no fallback to them
+                with pytest.raises(Refused) as refused:
+                    node.publish("other", "s3://models/llama", other, principal="b/sa")
+                assert refused.value.kind == "AccessDenied"
+            node.kill_supervisor()
+            node.start_supervisor()
+            with pytest.raises(Refused):
+                node.stats("pod")
+
+
+def test_two_principals_have_one_page_cache(node: Node) -> None:
+    views = [
+        node.publish(name, "s3://models/llama", GOOD, principal=f"{name}/sa", prefetch="all") for name in ("a", "b")
+    ]
+    wait_for(lambda: node.stats("a")["objects_sealed"] == 3, "everything is local")
+    blobs = [path for path in (node.node_dir / "cache" / "blobs").rglob("*") if path.is_file()]
+    assert sorted(path.stat().st_size for path in blobs) == sorted([len(MODEL), 2, 4])
+    (blob,) = (path for path in blobs if path.stat().st_size == len(MODEL))
+    with blob.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with (
+        (views[1] / "model.safetensors").open("rb") as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped,
+    ):
+        assert resident_pages(mapped) < 10
+        assert (views[0] / "model.safetensors").read_bytes() == MODEL
+        assert resident_pages(mapped) == len(MODEL) // mmap.PAGESIZE
+
+
+def resident_pages(mapped: mmap.mmap) -> int:
+    """How many pages of a mapping are in memory (mincore(2)), whoever read them."""
+    pages = -(-len(mapped) // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * pages)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    address = address_of(mapped)
+    assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), found) == 0
+    return sum(byte & 1 for byte in found)
+
+
+def address_of(mapped: mmap.mmap) -> int:
+    """Of a read-only mapping, which ctypes does not tell: by the buffer protocol of the interpreter."""
+    view = PyBuffer()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(mapped), ctypes.byref(view), 0)
+    address = int(view.buf)
+    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(view))
+    return address
+
+
+class PyBuffer(ctypes.Structure):
+    """Py_buffer, as far as it is looked at."""
+
+    _fields_: ClassVar = [("buf", ctypes.c_void_p), ("obj", ctypes.c_void_p), ("rest", ctypes.c_byte * 128)]
 
 
 class Sts(http.server.BaseHTTPRequestHandler):
