@@ -39,7 +39,9 @@ QUIET_SECONDS = 1.0
 class Source:
     """What is known of one source's health."""
 
-    def __init__(self) -> None:
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+        self.ill_since_s: float | None = None
         self.answered = trio.Event()
         """Set, and replaced, when the source gives bytes: readers that wait to try again need not wait longer."""
         self.quiet_until_s = 0.0
@@ -48,11 +50,17 @@ class Source:
         """Chunks that are asked for or waiting for a buffer."""
 
     def is_well(self) -> None:
+        if self.ill_since_s is not None:
+            log.warning("%s answers again after %.0f s", self.identity, trio.current_time() - self.ill_since_s)
+            self.ill_since_s = None
         self.quiet_until_s = 0.0
         self.answered.set()
         self.answered = trio.Event()
 
-    def is_ill(self) -> None:
+    def is_ill(self, exc: StoreUnavailable) -> None:
+        if self.ill_since_s is None:  # once per outage, not per request
+            log.warning("%s does not answer: %s", self.identity, exc)
+            self.ill_since_s = trio.current_time()
         self.quiet_until_s = trio.current_time() + QUIET_SECONDS
 
 
@@ -98,7 +106,10 @@ class Fills:
         self._nursery = None
 
     def source(self, identity: str) -> Source:
-        return self._sources.setdefault(identity, Source())
+        source = self._sources.get(identity)
+        if source is None:
+            source = self._sources[identity] = Source(identity)
+        return source
 
     async def drained(self) -> None:
         """Until no fill runs."""
@@ -317,8 +328,8 @@ class Fills:
             except IntegrityError:
                 fill.restart()
                 await self._get(fill, "error")
-        except StoreUnavailable:
-            source.is_ill()
+        except StoreUnavailable as exc:
+            source.is_ill(exc)
             raise
         finally:
             self._metrics.fills_in_flight.dec()
