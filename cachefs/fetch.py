@@ -17,6 +17,7 @@ from cachefs.errors import CachefsError, IntegrityError, ObjectChanged, Offline,
 from cachefs.fill import Fill, Phase, Want
 from cachefs.metrics import Metrics
 from cachefs.offload import Offload
+from cachefs.pace import Pace
 from cachefs.space import Space
 from cachefs.store import Store
 from cachefs.tier import BlobStat, Tier
@@ -44,6 +45,9 @@ class Source:
         self.answered = trio.Event()
         """Set, and replaced, when the source gives bytes: readers that wait to try again need not wait longer."""
         self.quiet_until_s = 0.0
+        self.pace = Pace()
+        self.fetching = 0
+        """Chunks that are asked for or waiting for a buffer."""
 
     def is_well(self) -> None:
         if self.ill_since_s is not None:
@@ -140,8 +144,10 @@ class Fills:
         if self._background_bytes + length > self._config.prefetch_bytes and self._background_bytes:
             return False
         owner = None if loads else cached.object_id.source
-        if owner is not None and trio.current_time() < self.source(owner).quiet_until_s:
-            return False
+        if owner is not None:
+            source = self.source(owner)
+            if trio.current_time() < source.quiet_until_s or source.fetching >= source.pace.limit:
+                return False
         cached.busy += 1  # the buffer may be reclaimed from a chunk of this very object, which must stay known
         buffer = self.pool.take_nowait(owner)
         cached.busy -= 1
@@ -164,6 +170,9 @@ class Fills:
     def _spawn(self, fill: Fill, cached: CachedObject, want: Want) -> None:
         assert self._nursery is not None
         self.running += 1
+        if want is not Want.LOAD and cached.states[fill.index] != COMMITTED:
+            fill.asks = True
+            self.source(fill.object_id.source).fetching += 1
         self._nursery.start_soon(self._run, fill, cached, want)
 
     # -- running
@@ -209,6 +218,9 @@ class Fills:
         """Its bytes are here, so that the link is free for the next one; the pool bounds what is being written."""
         self._background_bytes -= fill.background_bytes
         fill.background_bytes = 0
+        if fill.asks:
+            fill.asks = False
+            self.source(fill.object_id.source).fetching -= 1
 
     def settle(self, fill: Fill, cached: CachedObject) -> None:
         """After the end of the fill and after each reader: give the buffer back, or hold it for later readers."""
@@ -308,6 +320,7 @@ class Fills:
         """One GET; after an answer that lies one more, then the error."""
         source = self.source(fill.object_id.source)
         started_s = time.monotonic()
+        in_flight = source.fetching
         self._metrics.fills_in_flight.inc()
         try:
             try:
@@ -323,7 +336,10 @@ class Fills:
         source.is_well()
         fill.fetched = True
         self._metrics.store_bytes.inc(fill.length)
-        self._metrics.fill_seconds.observe(time.monotonic() - started_s)
+        seconds = time.monotonic() - started_s
+        self._metrics.fill_seconds.observe(seconds)
+        if fill.length == chunk.CHUNK_BYTES and not fill.split:
+            source.pace.note(seconds, in_flight)
         if fill.first_byte_s is not None:
             self._metrics.first_byte_seconds.observe(fill.first_byte_s - started_s)
         self._hook("fill:fetched")
