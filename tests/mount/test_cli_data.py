@@ -70,7 +70,7 @@ def test_warm_takes_one_object_and_pins(cli: Cli, bucket: LyingServer, place: Pa
     (warmed,) = cli.json("warm", "s3://models/m/weights.bin", "--pin", *at)["warmed"]
     assert (warmed["objects_total"], warmed["fetched_bytes"]) == (1, len(DATA))
     assert [item["pinned"] for item in cli.json("ls")["objects"]] == [True]
-    nothing = cli.run("warm", "s3://models/m/nothing", *at, code=1)
+    nothing = cli.run("warm", "s3://models/m/nothing", *at, code=2)
     assert nothing.stderr.startswith("cachefs: ")
 
 
