@@ -103,6 +103,7 @@ BAD = [
     (["mount", "s3://b/p", "MNT", "--state-dir", "FILE"], "state directory"),
     (["mount", "s3://b/p", "MNT", "--state-dir", "MNT/state"], "lie in each other"),
     (["mount", "s3://b/p", "MNT", "--state-dir", "/proc/nothing"], "state directory"),
+    (["mount", "file:///", "MNT"], "lies in the source"),
     (["umount", "MNT"], "not a cachefs mount"),
     (["umount"], "--all"),
     (["umount", "MNT", "--all"], "--all"),
