@@ -59,9 +59,9 @@ def mount(command: Command, source: str, mountpoint: str, *, foreground: bool) -
         raise UsageError(f"{mountpoint!r} is no mount point: give an empty directory")
     place = Path(os.path.realpath(mountpoint))
     check_places(server, place)
-    source = Path(os.path.realpath(volume.source.removeprefix("file://")))
-    if volume.source.startswith("file://") and (place == source or source in place.parents):
-        raise UsageError(f"the mount point {place} lies in the source {source}: it would show itself")
+    shown = Path(os.path.realpath(volume.source.removeprefix("file://")))
+    if volume.source.startswith("file://") and (place == shown or shown in place.parents):
+        raise UsageError(f"the mount point {place} lies in the source {shown}: it would show itself")
     made = [path for path in (server.state_dir, server.runtime_dir) if not path.exists()]
     try:
         make_state_dir(server.state_dir)
