@@ -95,13 +95,14 @@ class Node:
         self.keeper = self._spawn([*arguments, *self._keeper_flags], "keeper.log")
         wait_for(lambda: self.mount() is not None, "the keeper mounts")
 
-    def start_supervisor(self, *extra: str) -> None:
-        """As uid 65534 without capabilities, until its server answers."""
+    def start_supervisor(self, *extra: str, wait: bool = True) -> None:
+        """As uid 65534 without capabilities; with `wait` until its server answers."""
         arguments = ["cachefs.cli", "serve", "--node-dir", str(self.node_dir), "--cache-size", "1GiB"]
         arguments += ["--read-timeout", "40"]  # a test that reads in vain gets an error
         arguments += [part for endpoint in self.endpoints for part in ("--allow-endpoint", endpoint)]
         self.supervisor = self._spawn([*arguments, *extra], "server.log", before=as_nobody(self.root))
-        self.wait_ready()
+        if wait:
+            self.wait_ready()
 
     def wait_ready(self) -> None:
         """Until a server answers."""
