@@ -133,6 +133,29 @@ def test_after_the_death_of_all_a_new_mount_shows_the_same_volumes(bucket: Lying
         assert node.condition("pod") == "credentials"
 
 
+def test_keepers_in_containers_of_their_own_hand_the_mount_on(bucket: LyingServer) -> None:
+    with Node([bucket.endpoint_url]) as node:
+        node.isolate()
+        node.start_keeper()
+        node.start_supervisor()
+        view = node.publish("pod", "s3://models/llama", GOOD, prefetch="none")
+        device = node.mount()
+        with reading(view / "model.safetensors", node.directory / "stop"):
+            for _ in range(2):
+                node.kill_keeper()
+                node.kill_server()
+        assert node.mount() == device
+        # And from nothing, when all of them died.
+        assert node.keeper is not None
+        node.keeper.kill()
+        node.keeper.wait()
+        node.kill_supervisor()
+        node.start_keeper()
+        wait_for(lambda: "mounting anew" in node.log("keeper.log"), "a fresh mount")
+        node.start_supervisor()
+        assert (view / "model.safetensors").read_bytes() == MODEL
+
+
 def test_a_server_may_start_before_its_keeper(bucket: LyingServer) -> None:
     with Node([bucket.endpoint_url]) as node:
         node.start_supervisor(wait=False)
