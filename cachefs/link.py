@@ -75,6 +75,8 @@ class KeeperLink:
     def receive(cls, fd: int) -> "KeeperLink":
         """Block until the keeper's session is here. Raises WorkFailed when the keeper is gone before that."""
         os.set_inheritable(fd, False)
+        if (descriptor := credentials_fd(os.environ)) >= 0:
+            os.set_inheritable(descriptor, False)  # for us and for a new keeper, not for other children
         sock = socket.socket(fileno=fd)
         sock.setblocking(True)
         packet = receive_message(sock)
