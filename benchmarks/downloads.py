@@ -1,7 +1,8 @@
 """Download, then start: the peers that are no file system, and JuiceFS, whose data is imported before the clock."""
 
+import contextlib
 import os
-import shutil
+import sqlite3
 import subprocess
 from pathlib import Path
 
@@ -104,7 +105,12 @@ class JuicefsImport:
 
     def metadata_for(self, work: Path, server: S3Server) -> str:
         """A copy that names this server; returns its address."""
-        shutil.copyfile(self._work / "meta.db", work / "meta.db")
+        # Not a copy of the file: JuiceFS leaves its last transactions in the write-ahead log beside it.
+        with (
+            contextlib.closing(sqlite3.connect(self._work / "meta.db")) as original,
+            contextlib.closing(sqlite3.connect(work / "meta.db")) as copy,
+        ):
+            original.backup(copy)
         meta = f"sqlite3://{work / 'meta.db'}"
         command = [program("juicefs"), "config", meta, "--bucket", f"{server.endpoint_url}/juicefs", "--yes", "--force"]
         done = subprocess.run(command, env=server.env(), capture_output=True, check=False)
