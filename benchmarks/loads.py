@@ -24,6 +24,7 @@ SHUFFLE_SEED = 1
 # Megabytes of the tensors of one layer of a model of 7 to 8 * 10^9 parameters in a quarter of its width.
 LAYER_MIB = (16, 4, 4, 16, 40, 40, 40)
 NORM_BYTES = 16 * 1024
+HEADER_STEP = 32 * 1024
 
 
 class Span(NamedTuple):
@@ -64,7 +65,9 @@ def write_safetensors(path: Path, total: int, seed: int) -> None:
         }
         position += size
     encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    # Padded as the format allows: headers of models of billions of parameters have tens of KiB, and with less the last
+    # 4 KiB of a file of whole chunks would lie in two chunks.
+    encoded += b" " * (-(len(encoded) + 8) % HEADER_STEP)
     generator = np.random.default_rng(seed)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)

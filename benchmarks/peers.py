@@ -83,7 +83,7 @@ class Cachefs:
 
     def __init__(self, target: Target = DEFAULT) -> None:
         self._target = target
-        self._mountpoint: Path | None = None
+        self._mountpoints: list[Path] = []
         self._state = Path()
         self._environment: dict[str, str] = {}
         self._metrics = ""
@@ -96,23 +96,29 @@ class Cachefs:
         return done.stdout
 
     def start(self, work: Path, server: S3Server) -> Path:
-        self._mountpoint, self._state = work / "mnt", work / "state"
-        self._mountpoint.mkdir()
+        self._state = work / "state"
         self._environment = server.env()
         self._metrics = f"127.0.0.1:{free_port()}"
+        return self.mount_at(work / "mnt", server, "--metrics", self._metrics)
+
+    def mount_at(self, mountpoint: Path, server: S3Server, *options: str) -> Path:
+        """Mounts the source there, also a second time on the same state directory; the path to read."""
+        mountpoint.mkdir()
+        self._mountpoints.append(mountpoint)
         source = f"s3://{BUCKET}/{self._target.prefix}"
-        options = ("--endpoint-url", server.endpoint_url, "--metrics", self._metrics)
-        self._run("mount", source, str(self._mountpoint), *options)
-        return self._target.under(self._mountpoint)
+        self._run("mount", source, str(mountpoint), "--endpoint-url", server.endpoint_url, *options)
+        return self._target.under(mountpoint)
 
     def make_warm(self, path: Path) -> None:
-        read_whole(path)
+        files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+        for file in files:
+            read_whole(file)
 
         def sealed() -> bool:
             volume = json.loads(self._run("status", "--json"))["volumes"][0]
-            return bool(volume["objects_sealed"] >= 1)
+            return bool(volume["objects_sealed"] >= len(files))
 
-        wait_for(sealed, "the object is sealed", 120)
+        wait_for(sealed, "the objects are sealed", 120)
 
     def pids(self) -> list[int]:
         status = json.loads(self._run("status", "--json"))
@@ -122,8 +128,14 @@ class Cachefs:
         return metric_sum(read_metrics(self._metrics), "cachefs_read_requests_total")
 
     def stop(self) -> None:
-        if self._mountpoint is not None and is_mounted(self._mountpoint):
-            self._run("umount", str(self._mountpoint))
+        for mountpoint in reversed(self._mountpoints):
+            if is_mounted(mountpoint):
+                try:
+                    self._run("umount", str(mountpoint))
+                except BenchError:
+                    # The server ends with its last mount.
+                    self._run("umount", "--lazy", str(mountpoint))
+                    raise
 
 
 class Foreground:
