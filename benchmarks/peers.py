@@ -1,5 +1,6 @@
 """The file systems that are compared, each behind the same four verbs."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ from .harness import (
 )
 
 DEFAULT = Target()
+COMMAND_SECONDS_MAX = 120
 
 
 class Peer(Protocol):
@@ -90,10 +92,26 @@ class Cachefs:
 
     def _run(self, *arguments: str) -> str:
         command = [*cachefs_command(), *arguments, "--state-dir", str(self._state)]
-        done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise BenchError(f"`cachefs {' '.join(arguments)}`: {done.stderr.strip() or done.stdout.strip()}")
-        return done.stdout
+        # A session of its own: after Ctrl-C a mount that is under way comes up, and stop() finds and unmounts it.
+        process = subprocess.Popen(
+            command,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            out, err = process.communicate(timeout=COMMAND_SECONDS_MAX)
+        except BaseException:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=30)
+            process.kill()
+            raise
+        if process.returncode != 0:
+            raise BenchError(f"`cachefs {' '.join(arguments)}`: {err.strip() or out.strip()}")
+        return out
 
     def start(self, work: Path, server: S3Server) -> Path:
         self._state = work / "state"
