@@ -11,14 +11,14 @@ from collections.abc import Callable
 
 import trio
 
-BUFFERS = 28
-"""224 MiB in all: 16 GETs in flight, some being written, and some for readers of other sources."""
+BUFFERS = 34
+"""272 MiB in all: 24 GETs in flight, some being written, and some for readers of other sources."""
 
 OWNER_SHARE = 0.75
-"""Most that one owner takes of what is free or its own: 20 of 28 for a hung source, 5 more for a second one."""
+"""Most that one owner takes of what is free or its own: 24 of 34 for a hung source, 6 more for a second one."""
 
 DISK_SHARE = 1 / 12
-"""Left for chunks that come from the disk, however many sources hang: 2 of 28."""
+"""Left for chunks that come from the disk, however many sources hang: 2 of 34."""
 
 
 class Buffer:

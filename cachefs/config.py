@@ -37,7 +37,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     runtime_dir: Path
     """Holds the sockets, the FUSE root (as root) and the ledger; 0700."""
     cache_bytes_max: int
-    prefetch_bytes: int = 128 * MIB
+    prefetch_bytes: int = 192 * MIB
     """Most bytes that readahead of one reader, and all background fills together, may have in flight."""
     free_fraction_min: float = 0.05
     """This part of the file system is always left free."""

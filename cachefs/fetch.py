@@ -17,6 +17,7 @@ from cachefs.errors import CachefsError, IntegrityError, ObjectChanged, Offline,
 from cachefs.fill import Fill, Phase, Want
 from cachefs.metrics import Metrics
 from cachefs.offload import Offload
+from cachefs.pace import Pace
 from cachefs.space import Space
 from cachefs.store import Store
 from cachefs.tier import BlobStat, Tier
@@ -38,17 +39,28 @@ QUIET_SECONDS = 1.0
 class Source:
     """What is known of one source's health."""
 
-    def __init__(self) -> None:
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+        self.ill_since_s: float | None = None
         self.answered = trio.Event()
         """Set, and replaced, when the source gives bytes: readers that wait to try again need not wait longer."""
         self.quiet_until_s = 0.0
+        self.pace = Pace()
+        self.fetching = 0
+        """Chunks that are asked for or waiting for a buffer."""
 
     def is_well(self) -> None:
+        if self.ill_since_s is not None:
+            log.warning("%s answers again after %.0f s", self.identity, trio.current_time() - self.ill_since_s)
+            self.ill_since_s = None
         self.quiet_until_s = 0.0
         self.answered.set()
         self.answered = trio.Event()
 
-    def is_ill(self) -> None:
+    def is_ill(self, exc: StoreUnavailable) -> None:
+        if self.ill_since_s is None:  # once per outage, not per request
+            log.warning("%s does not answer: %s", self.identity, exc)
+            self.ill_since_s = trio.current_time()
         self.quiet_until_s = trio.current_time() + QUIET_SECONDS
 
 
@@ -94,7 +106,10 @@ class Fills:
         self._nursery = None
 
     def source(self, identity: str) -> Source:
-        return self._sources.setdefault(identity, Source())
+        source = self._sources.get(identity)
+        if source is None:
+            source = self._sources[identity] = Source(identity)
+        return source
 
     async def drained(self) -> None:
         """Until no fill runs."""
@@ -129,8 +144,10 @@ class Fills:
         if self._background_bytes + length > self._config.prefetch_bytes and self._background_bytes:
             return False
         owner = None if loads else cached.object_id.source
-        if owner is not None and trio.current_time() < self.source(owner).quiet_until_s:
-            return False
+        if owner is not None:
+            source = self.source(owner)
+            if trio.current_time() < source.quiet_until_s or source.fetching >= source.pace.limit:
+                return False
         cached.busy += 1  # the buffer may be reclaimed from a chunk of this very object, which must stay known
         buffer = self.pool.take_nowait(owner)
         cached.busy -= 1
@@ -153,6 +170,9 @@ class Fills:
     def _spawn(self, fill: Fill, cached: CachedObject, want: Want) -> None:
         assert self._nursery is not None
         self.running += 1
+        if want is not Want.LOAD and cached.states[fill.index] != COMMITTED:
+            fill.asks = True
+            self.source(fill.object_id.source).fetching += 1
         self._nursery.start_soon(self._run, fill, cached, want)
 
     # -- running
@@ -198,6 +218,9 @@ class Fills:
         """Its bytes are here, so that the link is free for the next one; the pool bounds what is being written."""
         self._background_bytes -= fill.background_bytes
         fill.background_bytes = 0
+        if fill.asks:
+            fill.asks = False
+            self.source(fill.object_id.source).fetching -= 1
 
     def settle(self, fill: Fill, cached: CachedObject) -> None:
         """After the end of the fill and after each reader: give the buffer back, or hold it for later readers."""
@@ -297,6 +320,7 @@ class Fills:
         """One GET; after an answer that lies one more, then the error."""
         source = self.source(fill.object_id.source)
         started_s = time.monotonic()
+        in_flight = source.fetching
         self._metrics.fills_in_flight.inc()
         try:
             try:
@@ -304,15 +328,18 @@ class Fills:
             except IntegrityError:
                 fill.restart()
                 await self._get(fill, "error")
-        except StoreUnavailable:
-            source.is_ill()
+        except StoreUnavailable as exc:
+            source.is_ill(exc)
             raise
         finally:
             self._metrics.fills_in_flight.dec()
         source.is_well()
         fill.fetched = True
         self._metrics.store_bytes.inc(fill.length)
-        self._metrics.fill_seconds.observe(time.monotonic() - started_s)
+        seconds = time.monotonic() - started_s
+        self._metrics.fill_seconds.observe(seconds)
+        if fill.length == chunk.CHUNK_BYTES and not fill.split:
+            source.pace.note(seconds, in_flight)
         if fill.first_byte_s is not None:
             self._metrics.first_byte_seconds.observe(fill.first_byte_s - started_s)
         self._hook("fill:fetched")

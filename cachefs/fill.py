@@ -62,6 +62,8 @@ class Fill:
         """Read to its end (or wanted by no reader): the buffer is free once the blob is written."""
         self.readers = 0
         """Those who wait or are about to take(); the buffer stays while there are any. Theirs to count."""
+        self.asks = False
+        """Counted among the chunks that are asked for."""
         self.background_bytes = 0
         """What it takes of the budget of background fills."""
         self.held = False

@@ -24,7 +24,7 @@ from cachefs.errors import CachefsError, StateBusy, UsageError, WorkFailed
 from cachefs.kernel import mounts, wire
 from cachefs.kernel.backing import BackingRefused, Backings, trusted_program
 from cachefs.kernel.newmount import hold_lock, mount, serving_descriptor, warn_about_timeouts
-from cachefs.kernel.process import how_it_ended, kill, log, peer_credentials, python_command, spawn
+from cachefs.kernel.process import how_it_ended, kill, log, open_server_log, peer_credentials, python_command, spawn
 from cachefs.kernel.session import (
     Message,
     Session,
@@ -136,13 +136,9 @@ class Keeper:
         session.keeper_pid = os.getpid()
         ours, theirs = packet_pair()
         memory_fd = pack_session(session)
-        log_fd = os.dup(2)
+        log_fd = os.dup(2) if session.foreground else open_server_log(self._state_dir)
         serving_fd = serving_descriptor(session)
         try:
-            if not session.foreground:
-                os.close(log_fd)
-                path = os.path.join(self._state_dir, "log", "server.log")
-                log_fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             # Sent before it starts, so that a server has its session even if this keeper dies now.
             handed = [serving_fd, session.ledger_fd, memory_fd, session.fuse_fd]
             send_message(ours, Message("session"), handed)

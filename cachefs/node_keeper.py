@@ -27,7 +27,7 @@ from cachefs.config import MountConfig, ServerConfig
 from cachefs.errors import CachefsError, StateBusy, UsageError
 from cachefs.kernel import mounts, wire
 from cachefs.kernel.adopt import OfferRefused, check_device, check_ledger, check_memory
-from cachefs.kernel.backing import BackingRefused, Backings
+from cachefs.kernel.backing import BACKINGS_MAX, BackingRefused, Backings
 from cachefs.kernel.newmount import mount, serving_descriptor, warn_about_timeouts
 from cachefs.kernel.process import log, peer_credentials
 from cachefs.kernel.session import (
@@ -181,14 +181,18 @@ class NodeKeeper:
         try:
             self._unmount()
             self._mount()
-        except CachefsError as exc:
+        except (CachefsError, OSError) as exc:
             log(f"cannot mount: {exc}")
             self._orphan_until_s = time.monotonic() + 5.0  # try again
 
     # Servers
 
     def _accept(self) -> None:
-        sock, _ = self._listener.accept()
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as exc:  # who connected is gone, or there are no descriptors left
+            log(f"cannot accept a connection: {exc.strerror}")
+            return
         sock.setblocking(False)
         pid, uid, _gid = peer_credentials(sock)
         if uid not in (0, self._server_uid) or len(self._clients) >= CLIENTS_MAX:
@@ -292,6 +296,8 @@ class NodeKeeper:
             check_memory(memory_fd)
             session = unpack_session(memory_fd, fuse_fd=-1, ledger_fd=-1)
             wire.parse_init(session.init)
+            if len(session.backings) > BACKINGS_MAX or any(not 0 < b.backing_id < 2**31 for b in session.backings):
+                raise OfferRefused("backing files that no kernel gives")
             config = msgspec.structs.replace(self._config, session=session.config.session[:64])
             session = msgspec.structs.replace(
                 session,

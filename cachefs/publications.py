@@ -273,7 +273,8 @@ class Publications:
     # Credentials
 
     async def _give(self, key: str, given: Given) -> None:
-        """Replace what a key uses. The store is not asked."""
+        """Replace what a key uses. The store is not asked. Raises UsageError for what cannot be used."""
+        given.check("s3", node_credentials=self._node.allow_node_credentials)
         view = self._views[self._publications[key].view]
         if self._given.get(key) != given:
             self._given[key] = given

@@ -19,6 +19,7 @@ from cachefs.errors import AccessDenied, CachefsError, NotFound, StoreUnavailabl
 from cachefs.ledger import Ledger
 from cachefs.link import KeeperLink
 from cachefs.metrics import Metrics
+from cachefs.snapshot import Volume
 from cachefs.tree import Tree
 from cachefs.vfs import Vfs
 from cachefs.work import convert, work_methods
@@ -57,13 +58,17 @@ class Server:
 
     async def _add(self, config: VolumeConfig, *, probe: bool) -> None:
         store = self._core.open_store(config)
-        if probe and not self._core.config.offline:
-            await self._probe(config)
+        if probe:
+            known = self._core.snapshots.peek(Volume(config, store), "") is not None
+            if not self._core.config.offline:
+                await self._probe(config, known=known)
+            elif not known:
+                raise UsageError(f"{config.source} was never mounted with this state: mount it without --offline first")
         volume = await self._tree.add_volume(config, store)
         self._core.volumes[config.name] = volume
         self._lifetimes.expect(config.name)
 
-    async def _probe(self, config: VolumeConfig) -> None:
+    async def _probe(self, config: VolumeConfig, *, known: bool) -> None:
         store = self._core.open_store(config)
         try:
             with trio.fail_after(PROBE_DEADLINE_S):
@@ -71,7 +76,8 @@ class Server:
         except trio.TooSlowError as exc:
             raise UsageError(f"{config.source} does not answer within {PROBE_DEADLINE_S:.0f} s") from exc
         except (NotFound, AccessDenied, StoreUnavailable) as exc:
-            raise UsageError(f"{config.source} cannot be mounted: {exc}") from exc
+            hint = ", or mount what is local with --offline" if known and isinstance(exc, StoreUnavailable) else ""
+            raise UsageError(f"{config.source} cannot be mounted: {exc}{hint}") from exc
 
     def _remove(self, name: str) -> None:
         self._tree.remove_volume(name)

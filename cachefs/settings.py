@@ -200,7 +200,7 @@ def _defaults(environ: Mapping[str, str], uid: int, gid: int) -> dict[str, Any]:
         "state_dir": Path("/var/lib/cachefs") if root else home / ".cache" / "cachefs",
         "runtime_dir": None,
         "cache_size": None,
-        "prefetch_bytes": 128 * MIB,
+        "prefetch_bytes": 192 * MIB,
         "free_fraction_min": 0.05,
         "metrics": None,
         "log_level": "info",

@@ -95,3 +95,13 @@ def log(text: str) -> None:
         sys.stderr.flush()
     except (OSError, ValueError):
         return  # a full disk or a closed terminal must not end the keeper
+
+
+def open_server_log(state_dir: str | os.PathLike[str]) -> int:
+    """STATE/log/server.log for appending; our own stderr if it cannot be opened: a failing disk, no directory."""
+    path = os.path.join(state_dir, "log", "server.log")
+    try:
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        log(f"cannot open {path}: {exc.strerror}")
+        return os.dup(2)

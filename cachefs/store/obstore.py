@@ -1,4 +1,4 @@
-"""The fast S3 store: GETs by obstore (Rust; the GIL is free), LISTs and odd keys by the small client in _http.
+"""The S3 store of `--store obstore`: GETs by obstore (Rust), LISTs and odd keys by the small client in _http.
 
 One GET that fails in a way that obstore does not name by type (5xx, a lie, a cut body, another region, no rights)
 is asked for once more by the small client, which either gets the rest of the bytes or raises what is wrong.

@@ -1,6 +1,7 @@
 """`cachefs mount`, `umount` and what ends a mount, as a user meets them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -62,6 +63,34 @@ def test_a_second_mount_starts_warm_also_without_the_store(cli: Cli, bucket: Lyi
     cli.run("mount", "s3://models/m", place, *at(bucket), "--offline")
     assert (place / "weights.bin").read_bytes() == DATA
     assert len(bucket.requests) == requests
+
+
+def test_offline_shows_only_what_was_seen_and_is_proposed_for_that(cli: Cli, bucket: LyingServer) -> None:
+    place = cli.place()
+    never = cli.run("mount", "s3://models/m", place, *at(bucket), "--offline", code=2)
+    assert "without --offline" in never.stderr
+    cli.run("mount", "s3://models/m", place, *at(bucket))
+    os.listdir(place)
+    cli.run("umount", place)
+    bucket.stop()
+    gone = cli.run("mount", "s3://models/m", place, *at(bucket), code=2)
+    assert "--offline" in gone.stderr
+    cli.run("mount", "s3://models/m", place, *at(bucket), "--offline")
+    assert "weights.bin" in os.listdir(place)
+
+
+def test_an_outage_of_the_store_is_logged_once(cli: Cli, bucket: LyingServer) -> None:
+    place = cli.place()
+    cli.run("mount", "s3://models/m", place, *at(bucket))
+    os.listdir(place)
+    bucket.stop()
+    reader = threading.Thread(target=(place / "weights.bin").read_bytes)
+    reader.start()
+    wait_for(lambda: "does not answer" in cli.log(), "the outage is logged")
+    bucket.start()
+    reader.join(60)
+    wait_for(lambda: "answers again" in cli.log(), "the end of the outage is logged")
+    assert cli.log().count("does not answer") == 1
 
 
 def test_the_same_mount_again_is_fine_and_another_one_there_is_not(cli: Cli, bucket: LyingServer) -> None:
@@ -171,6 +200,15 @@ def test_other_programs_may_unmount_and_the_server_ends(cli: Cli, bucket: LyingS
     pids = cli.json("mount", "s3://models/m", place, *at(bucket))
     subprocess.run([*command.split(), str(place)], check=True, timeout=60)
     cli.wait_gone(pids["server_pid"], pids["keeper_pid"])
+
+
+def test_a_server_comes_back_though_its_log_directory_is_gone(cli: Cli, bucket: LyingServer) -> None:
+    place = cli.place()
+    pids = cli.json("mount", "s3://models/m", place, *at(bucket))
+    shutil.rmtree(cli.state_dir / "log")
+    os.kill(pids["server_pid"], signal.SIGKILL)
+    assert (place / "weights.bin").read_bytes() == DATA
+    assert cli.status()["keeper"]["pid"] == pids["keeper_pid"]
 
 
 def test_a_dead_mount_of_ours_is_recovered_at_the_next_mount(cli: Cli, bucket: LyingServer) -> None:

@@ -21,8 +21,8 @@ def test_sequential_reader_reaches_the_full_window_within_two_mebibytes():
     for number in range(4):
         readahead.advance(number * MIB // 2, MIB // 2, GIB)
         widths.append(len(readahead.wanted()))
-    assert widths == [4, 8, 16, 16]
-    assert list(readahead.wanted()) == list(range(1, 17))
+    assert widths == [4, 8, 24, 24]
+    assert list(readahead.wanted()) == list(range(1, 25))
 
 
 def test_random_small_reads_want_nothing():
@@ -39,7 +39,7 @@ def test_far_seek_keeps_the_earlier_window():
     readahead.advance(64 * CHUNK_BYTES, MIB, GIB)
     wanted = list(readahead.wanted())
     assert wanted[:4] == [65, 66, 67, 68]  # the stream in use comes first
-    assert wanted[4:] == list(range(1, 17))
+    assert wanted[4:] == list(range(1, 25))
 
 
 def test_going_back_to_an_earlier_stream_goes_on_with_its_window():
@@ -48,14 +48,14 @@ def test_going_back_to_an_earlier_stream_goes_on_with_its_window():
         readahead.advance(number * MIB, MIB, GIB)
     readahead.advance(64 * CHUNK_BYTES, 4096, GIB)
     readahead.advance(8 * MIB, MIB, GIB)
-    assert list(readahead.wanted())[:16] == list(range(2, 18))
+    assert list(readahead.wanted())[:24] == list(range(2, 26))
 
 
 def test_reads_that_overtake_each_other_stay_one_stream():
     readahead = Readahead()
     for number in (0, 2, 1, 4, 3, 6, 5, 8, 7):
         readahead.advance(number * MIB, MIB, GIB)
-    assert list(readahead.wanted()) == list(range(2, 18))
+    assert list(readahead.wanted()) == list(range(2, 26))
 
 
 def test_window_ends_with_the_object():

@@ -67,8 +67,8 @@ def test_window_is_offered_in_order_and_never_blocks_the_reader():
     async def test(prefetcher: Prefetcher) -> None:
         read_on(prefetcher, 1, "a")
         assert budget.started == []  # the reader's own demand starts first: offers wait for its first await
-        await settle(prefetcher, budget, 16)
-        assert budget.started == [("a", index) for index in range(1, 17)]
+        await settle(prefetcher, budget, 24)
+        assert budget.started == [("a", index) for index in range(1, 25)]
 
     run(test, budget)
 
@@ -79,7 +79,7 @@ def test_readers_take_turns():
     async def test(prefetcher: Prefetcher) -> None:
         for handle in range(4):
             read_on(prefetcher, handle, "abcd"[handle])
-        await settle(prefetcher, budget, 64)
+        await settle(prefetcher, budget, 96)
         assert {name for name, _ in budget.started[:4]} == set("abcd")
         assert {name for name, _ in budget.started[4:8]} == set("abcd")
 
@@ -93,11 +93,11 @@ def test_refused_reader_does_not_hold_up_another_and_goes_on_when_there_is_room(
     async def test(prefetcher: Prefetcher) -> None:
         read_on(prefetcher, 1, "hung")
         read_on(prefetcher, 2, "fine")
-        await settle(prefetcher, budget, 16)
+        await settle(prefetcher, budget, 24)
         assert {name for name, _ in budget.started} == {"fine"}
         budget.refused.clear()
-        await settle(prefetcher, budget, 32)
-        assert budget.started[16:] == [("hung", index) for index in range(1, 17)]
+        await settle(prefetcher, budget, 48)
+        assert budget.started[24:] == [("hung", index) for index in range(1, 25)]
 
     run(test, budget)
 
@@ -107,7 +107,7 @@ def test_used_up_budget_is_used_again_as_it_frees():
 
     async def test(prefetcher: Prefetcher) -> None:
         read_on(prefetcher, 1, "a")
-        for wanted in range(3, 17):
+        for wanted in range(3, 25):
             await settle(prefetcher, budget, wanted)
             assert len(budget.started) == wanted
             budget.room += 1
@@ -125,7 +125,7 @@ def test_released_handle_is_offered_no_more():
         prefetcher.forget(1)
         prefetcher.forget(1)
         budget.room = 100
-        await settle(prefetcher, budget, 16)
+        await settle(prefetcher, budget, 24)
         assert {name for name, _ in budget.started} == {"b"}
 
     run(test, budget)
