@@ -193,6 +193,7 @@ class Core:
         """Fetch everything under a source. Raises UsageError when there is nothing, WorkFailed when some failed."""
         started = trio.current_time()
         try:
+            await self._probe_unknown(source)
             objects = [item async for item in self._listed(source)]
         except (AccessDenied, StoreUnavailable, Offline) as exc:
             raise UsageError(f"{source.config.source} cannot be listed: {exc}") from exc
@@ -244,6 +245,12 @@ class Core:
             "pinned": pin,
             "seconds": trio.current_time() - started,
         }
+
+    async def _probe_unknown(self, source: Source) -> None:
+        """A wrong endpoint is told after 4 s, not when the listing's retries are over (60 s)."""
+        if not self.config.offline and self.snapshots.peek(Volume(source.config, source.store), "") is None:
+            with contextlib.suppress(NotFound, UsageError):  # one object, or the listing says it too
+                await self.offload.store(source.store.probe)
 
     async def _listed(self, source: Source) -> AsyncIterator[ObjectId]:
         """Every object under a source, also when it names one object and no prefix."""

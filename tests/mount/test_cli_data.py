@@ -73,6 +73,8 @@ def test_warm_takes_one_object_and_pins(cli: Cli, bucket: LyingServer, place: Pa
     assert [item["pinned"] for item in cli.json("ls")["objects"]] == [True]
     nothing = cli.run("warm", "s3://models/m/nothing", *at, code=2)
     assert nothing.stderr.startswith("cachefs: ")
+    nobody = cli.run("warm", "s3://models/m", "--endpoint-url", "http://127.0.0.1:9", code=2)
+    assert "cannot be reached" in nobody.stderr
 
 
 def test_verify_finds_a_flipped_bit_and_repairs(cli: Cli, bucket: LyingServer) -> None:
