@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 
-.PHONY: help setup lint test demo test-fresh soak setup-bench bench bench-quick bench-warm clean
+.PHONY: help setup lint test demo test-fresh soak setup-bench bench bench-quick bench-startup bench-warm clean
 
 help:
 	@echo 'make setup        system packages, .venv and the command .venv/bin/cachefs'
@@ -11,7 +11,9 @@ help:
 	@echo 'make lint         ruff, mypy --strict, import-linter'
 	@echo 'make test-fresh   set-up and demo in a bare Debian (needs root and mmdebstrap)'
 	@echo 'make soak         the long forms of the tests: hundreds of kills'
-	@echo 'make bench        cold and warm against the peers (about an hour; bench-quick: some minutes, no figures to keep)'
+	@echo 'make bench        cold, start-up and warm against the peers (about an hour, needs root for the constrained link;'
+	@echo '                  bench-quick: some minutes, no figures to keep)'
+	@echo 'make bench-startup  first and second replica and a new node, against downloading before the start'
 	@echo 'make bench-warm   warm reads only'
 	@echo 'make test-csi     csi-sanity, grpcurl and the tests of driver and manifests, with the tools they need'
 	@echo 'make clean        removes what these commands made, .venv included'
@@ -38,12 +40,17 @@ setup-bench: setup
 	@scripts/setup-bench.sh
 
 bench: setup-bench
-	@$(PY) -m benchmarks.cold --rounds 5 --mib 1024
+	@$(PY) -m benchmarks.cold --rounds 5 --mib 512
+	@$(PY) -m benchmarks.startup --rounds 5 --mib 2048
 	@$(PY) -m benchmarks.warm --rounds 7 --mib 1024
 
 bench-quick: setup-bench
 	@$(PY) -m benchmarks.cold --rounds 1 --mib 64 --output .setup/bench
+	@$(PY) -m benchmarks.startup --rounds 1 --mib 64 --output .setup/bench
 	@$(PY) -m benchmarks.warm --rounds 1 --mib 64 --output .setup/bench
+
+bench-startup: setup-bench
+	@$(PY) -m benchmarks.startup --rounds 5 --mib 2048
 
 bench-warm: setup-bench
 	@$(PY) -m benchmarks.warm --rounds 7 --mib 1024

@@ -1,132 +1,277 @@
-"""Cold sequential reads: this project, rclone and s3fs on mounts with empty caches, and the loop without FUSE.
+"""Cold reads on several links: this project, its peers with empty caches, download-then-start, and the references.
 
 All take turns in each round, in an order that changes from round to round; each starts with nothing: no cache, no
-mount, no page of the file. Every byte is compared. `python -m benchmarks.cold --rounds 5 --mib 1024`.
+mount, no page of the file. Every byte is compared. What is measured where is in benchmarks/cells.py.
+`python -m benchmarks.cold --links loopback,slow,constrained,tls,faults --rounds 5 --mib 512`.
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
-from tests.support.s3 import S3Server
+import msgspec
 
-from . import workloads
-from .harness import (
-    MIB,
-    OBJECT,
-    BenchError,
-    digest_of,
-    machine,
-    peak_rss_mib,
-    processor_seconds,
-    program,
-    serving,
-    write_object,
-)
-from .peers import Cachefs, Peer, Rclone, S3fs
+from . import gguf, loads, workloads
+from .cells import Cell, available, cells, order_of, target_of
+from .demo import DemoFailed, model_directory
+from .downloads import Download, JuicefsCold, JuicefsImport, RcloneCopy, S5cmd
+from .harness import BUCKET, MIB, BenchError, Target, machine, peak_rss_mib, processor_seconds, program
+from .links import Link, links
+from .peers import Cachefs, Foreground, Geesefs, MountS3, Native, Peer, Rclone, S3fs
 from .plots import plot
-from .report import Report, Sample, now, save, text_table
+from .report import Failure, Report, Sample, now, save, text_table
+from .verdicts import verdicts
 
 RESULTS = Path(__file__).parent / "results"
-PEERS: dict[str, Callable[[], Peer]] = {"cachefs": Cachefs, "rclone": Rclone, "s3fs": S3fs}
+CELL_SECONDS_MAX = 300.0
+SHARDS = 4
+VERSIONS = {
+    "rclone": ["rclone", "version"],
+    "s3fs": ["s3fs", "--version"],
+    "juicefs": ["juicefs", "version"],
+    "s5cmd": ["s5cmd", "version"],
+    "mount-s3": ["mount-s3", "--version"],
+    "geesefs": ["geesefs", "--version"],
+}
 
 
-def measure(peer: Peer, work: Path, server: S3Server, expected: str, number: int) -> Sample:
-    """One cold read of the whole object. Raises BenchError when a byte is wrong."""
-    try:
-        started = time.perf_counter()
-        path = peer.start(work, server)
-        ready_seconds = time.perf_counter() - started
-        pids = peer.pids()
-        before = processor_seconds(pids)
-        result = workloads.run("sequential", str(path))
-        sample = Sample(
-            peer=peer.name,
-            workload="cold",
-            round=number,
-            seconds=result["seconds"],
-            bytes=result["bytes"],
-            cpu_seconds=processor_seconds(pids) - before,
-            rss_mib=peak_rss_mib(pids),
-            ready_seconds=ready_seconds,
-            first_byte_seconds=result["first_byte_seconds"],
+class Data:
+    """The buckets that are served: `one` (a file), `shards` (a model of SHARDS files), `minilm`, `gguf`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.bucket = root / BUCKET
+        self.notes: list[str] = []
+
+    def make(self, kinds: set[str], mib: int) -> None:
+        self.bucket.mkdir(parents=True)
+        if "one" in kinds:
+            (self.bucket / "one").mkdir()
+            loads.write_safetensors(self.bucket / "one" / "model.safetensors", mib * MIB, 0)
+        if "shards" in kinds:
+            loads.write_shards(self.bucket / "shards", SHARDS, mib * MIB, 1)
+        if "minilm" in kinds:
+            with contextlib.suppress(DemoFailed):
+                shutil.copytree(model_directory(), self.bucket / "minilm")
+        if "gguf" in kinds and gguf.llama() is not None:
+            gguf.assemble(self.bucket / "gguf")
+        reasons = {"minilm": "its package is not installed", "gguf": "llama-cpp-server or the model is not installed"}
+        for kind in sorted(kinds):
+            if not (self.bucket / kind).is_dir():
+                self.notes.append(f"skipped: {kind}: {reasons[kind]} (`make setup-bench`, WITH_LLAMA=1 for llama.cpp)")
+
+    def has(self, kind: str) -> bool:
+        return (self.bucket / kind).is_dir()
+
+    @functools.cache  # noqa: B019 -- one object in a run
+    def expected(self, workload: str, target: Target) -> str:
+        """The digest that a workload must give."""
+        path = target.under(self.bucket / target.prefix)
+        digest: str = workloads.run(workload, str(path), CELL_SECONDS_MAX)["digest"]
+        return digest
+
+
+class Cold:
+    """Measures cells. `work`: for what a turn leaves behind, emptied after it."""
+
+    def __init__(self, data: Data, imported: JuicefsImport | None, work: Path) -> None:
+        self._data = data
+        self._imported = imported
+        self._work = work
+
+    def _peer(self, name: str, target: Target) -> Peer:
+        if name == "native":
+            return Native(target.under(self._data.bucket / target.prefix))
+        if name == "juicefs":
+            assert self._imported is not None
+            return JuicefsCold(self._imported, target)
+        kinds: dict[str, Callable[[Target], Peer]] = {
+            "cachefs": Cachefs,
+            "rclone": Rclone,
+            "s3fs": S3fs,
+            "mount-s3": MountS3,
+            "geesefs": Geesefs,
+            "s5cmd": S5cmd,
+            "rclone-copy": RcloneCopy,
+        }
+        return kinds[name](target)
+
+    def measure(self, cell: Cell, link: Link, number: int) -> Sample:
+        """One cold run. Raises BenchError when a byte is wrong, and what else went wrong."""
+        target = target_of(cell.workload)
+        work = self._work / f"{number}-{cell.link}-{cell.workload}-{cell.peer}"
+        work.mkdir(parents=True)
+        position = link.log_position()
+        try:
+            if cell.peer in ("loop", "gets"):
+                sample = self._reference(cell, link, work, target, number)
+            else:
+                sample = self._read(cell, link, work, target, number)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        prefix = "/juicefs/" if cell.peer == "juicefs" else f"/{BUCKET}/{target.prefix}/"
+        fetched = None if cell.peer == "native" else link.bytes_since(position, prefix)
+        return with_fetched(sample, fetched)
+
+    def _reference(self, cell: Cell, link: Link, work: Path, target: Target, number: int) -> Sample:
+        command = [sys.executable, "-m", "benchmarks.loop", link.endpoint_url, str(work), target.prefix, cell.peer]
+        done = subprocess.run(
+            command, env=link.env(), capture_output=True, text=True, check=False, timeout=CELL_SECONDS_MAX
         )
-    finally:
-        peer.stop()
-    if result["digest"] != expected:
-        raise BenchError(f"{peer.name} gave wrong bytes")
+        if done.returncode != 0:
+            raise BenchError(f"{cell.peer}: {done.stderr.strip()[-500:]}")
+        return Sample(peer=cell.peer, workload=cell.label, round=number, **json.loads(done.stdout))
+
+    def _read(self, cell: Cell, link: Link, work: Path, target: Target, number: int) -> Sample:
+        peer = self._peer(cell.peer, target)
+        if isinstance(peer, Foreground):
+            peer.prepare(work, link)
+        try:
+            started = time.perf_counter()
+            path = peer.start(work, link)
+            ready_seconds = time.perf_counter() - started
+            # What comes before the first read is the whole cost of a download, and no part of a native file.
+            before_read = ready_seconds if isinstance(peer, Download) else 0.0
+            pids = peer.pids()
+            before = processor_seconds(pids)
+            result = workloads.run(cell.workload, str(path), CELL_SECONDS_MAX)
+            cpu_seconds, rss_mib = processor_seconds(pids) - before, peak_rss_mib(pids)
+        finally:
+            peer.stop()
+        if isinstance(peer, Download):
+            cpu_seconds, rss_mib = peer.cpu_seconds, peer.rss_mib
+        if result["digest"] != self._data.expected(cell.workload, target):
+            raise BenchError("wrong bytes")
+        first = {name: result.get(name) for name in ("first_byte_seconds", "first_tensor_seconds")}
+        return Sample(
+            peer=cell.peer,
+            workload=cell.label,
+            round=number,
+            seconds=before_read + result["seconds"],
+            bytes=result["bytes"],
+            cpu_seconds=None if cell.peer == "native" else cpu_seconds,
+            rss_mib=None if cell.peer == "native" else rss_mib,
+            ready_seconds=None if cell.peer == "native" else ready_seconds,
+            **{name: None if value is None else before_read + value for name, value in first.items()},
+        )
+
+
+def with_fetched(sample: Sample, fetched: int | None) -> Sample:
+    # 4 KiB out of a chunk of 8 MiB: that ratio says nothing.
+    return sample if sample.bytes <= MIB else msgspec.structs.replace(sample, fetched_bytes=fetched)
+
+
+def run(plan: list[Cell], names: list[str], given: argparse.Namespace, work: Path, missing: list[str]) -> Report:
+    """All cells, each once a round; no round but the first begins that would end after `--seconds-max`."""
+    rounds, mib, seconds_max = given.rounds, given.mib, given.seconds_max
+    data = Data(work / "buckets")
+    data.make({target_of(cell.workload).prefix for cell in plan}, mib)
+    plan = [cell for cell in plan if data.has(target_of(cell.workload).prefix)]
+    imported = None
+    if any(cell.peer == "juicefs" for cell in plan):
+        imported = JuicefsImport(data.root, work / "juicefs")
+        imported.make([data.bucket / kind for kind in ("one", "shards") if data.has(kind)])
+    samples: list[Sample] = []
+    failures: list[Failure] = []
+    (work / "links").mkdir()
+    with links(names, data.root, work / "links") as made:
+        cold = Cold(data, imported, work / "turns")
+        started = time.monotonic()
+        done = 0
+        while done < rounds and (done == 0 or (time.monotonic() - started) * (done + 1) / done < seconds_max):
+            for cell in order_of(plan, done):
+                outcome = turn(cold, cell, made[cell.link], done)
+                (samples if isinstance(outcome, Sample) else failures).append(outcome)  # type: ignore[arg-type]
+            done += 1
+            print(f"round {done} of {rounds}: {time.monotonic() - started:.0f} s so far", flush=True)
+    notes = [*missing, *data.notes]
+    if done < rounds:
+        notes.append(f"stopped after {done} of {rounds} rounds: more would not end within {seconds_max:.0f} s")
+    peers = {cell.peer for cell in plan}
+    report = Report(
+        name="cold",
+        taken=now(),
+        machine=machine({name: [program(words[0]), *words[1:]] for name, words in VERSIONS.items() if name in peers}),
+        server="nginx; links " + ", ".join(names),
+        object_bytes=mib * MIB,
+        rounds=done,
+        baseline="cachefs",
+        samples=tuple(samples),
+        failures=tuple(failures),
+        notes=tuple(notes),
+    )
+    return finished(report)
+
+
+def finished(report: Report) -> Report:
+    return msgspec.structs.replace(report, notes=(*report.notes, *(one.line() for one in verdicts(report))))
+
+
+def turn(cold: Cold, cell: Cell, link: Link, number: int) -> Sample | Failure:
+    """One cell; a peer that fails does not end the run."""
+    try:
+        sample = cold.measure(cell, link, number)
+    except (BenchError, RuntimeError, subprocess.TimeoutExpired, OSError) as exc:
+        print(f"round {number + 1} {cell.label} {cell.peer}: FAILED: {exc}", flush=True)
+        return Failure(cell.peer, cell.label, number, " ".join(str(exc).split())[:300])
+    print(f"round {number + 1} {cell.label} {cell.peer}: {sample.gb_per_s:.3f} GB/s", flush=True)
     return sample
 
 
-def measure_loop(work: Path, server: S3Server, number: int) -> Sample:
-    command = [sys.executable, "-m", "benchmarks.loop", server.endpoint_url, str(work)]
-    done = subprocess.run(command, env=server.env(), capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise BenchError(f"loop: {done.stderr.strip()[-500:]}")
-    return Sample(peer="loop", workload="cold", round=number, **json.loads(done.stdout))
+def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--links", default="loopback,slow,constrained,tls,faults")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--mib", type=int, default=512, help="size of a model, 16 to 8192")
+    parser.add_argument("--peers", default="", help="only these (default: all that are installed)")
+    parser.add_argument("--workloads", default="", help="only these (default: those of --matrix)")
+    parser.add_argument("--matrix", choices=("short", "full"), default="short", help="full: everything everywhere")
+    parser.add_argument("--seconds-max", type=float, default=36000, help="begin no round that would end later")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    return parser.parse_args(argv)
 
 
-def turn(name: str, work: Path, server: S3Server, expected: str, number: int) -> Sample:
-    work.mkdir()
-    try:
-        if name == "loop":
-            return measure_loop(work, server, number)
-        return measure(PEERS[name](), work, server, expected, number)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def run(names: list[str], rounds: int, mib: int, kind: str, work: Path) -> Report:
-    original = work / OBJECT
-    write_object(original, mib * MIB)
-    expected = digest_of(original)
-    samples: list[Sample] = []
-    with serving(kind, work / "server", original) as server:
-        for number in range(rounds):
-            shift = number % len(names)
-            for name in names[shift:] + names[:shift]:
-                sample = turn(name, work / f"{number}-{name}", server, expected, number)
-                samples.append(sample)
-                print(f"round {number + 1} {name}: {sample.gb_per_s:.3f} GB/s", flush=True)
-    programs = {"rclone": [program("rclone"), "version"], "s3fs": [program("s3fs"), "--version"]}
-    return Report(
-        name=f"cold-{kind}",
-        taken=now(),
-        machine=machine({name: programs[name] for name in names if name in programs}),
-        server=kind,
-        object_bytes=mib * MIB,
-        rounds=rounds,
-        baseline="loop" if "loop" in names else names[0],
-        samples=tuple(samples),
-    )
+def stop_once(number: int, frame: FrameType | None) -> NoReturn:
+    """Ctrl-C and SIGTERM end the run, and a second one does not end the cleaning up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--mib", type=int, default=1024)
-    parser.add_argument("--server", choices=("localbucket", "seaweed"), default="localbucket")
-    parser.add_argument("--peers", default="cachefs,rclone,s3fs,loop")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    arguments = arguments_of()
+    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(one, stop_once)
     work = Path(tempfile.mkdtemp(prefix="cachefs-bench-"))
+    names = arguments.links.split(",")
     try:
-        report = run(arguments.peers.split(","), arguments.rounds, arguments.mib, arguments.server, work)
+        plan, missing = available(cells(arguments.matrix, names, arguments.peers, arguments.workloads))
+        for line in missing:
+            print(f"cold: {line}", flush=True)
+        report = run(plan, names, arguments, work, missing)
+    except KeyboardInterrupt:
+        print("cold: interrupted, cleaned up", file=sys.stderr)
+        return 130
     except BenchError as exc:
         print(f"cold: {exc}", file=sys.stderr)
         return 1
     finally:
         shutil.rmtree(work, ignore_errors=True)
     target = save(report, arguments.output)
-    plot(report, target.with_suffix(".svg"))
+    plot(report, target.with_suffix(".png"))
     print(text_table(report))
-    return 0
+    return 1 if any(one.peer == "cachefs" for one in report.failures) else 0
 
 
 if __name__ == "__main__":

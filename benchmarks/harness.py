@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -26,6 +27,17 @@ CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 BUCKET = "bench"
 PREFIX = "data"
 OBJECT = "model.bin"
+
+
+class Target(NamedTuple):
+    """What a peer is to show: the bucket's prefix, and the file (or nothing: the directory) that is read."""
+
+    prefix: str = PREFIX
+    name: str = OBJECT
+
+    def under(self, directory: Path) -> Path:
+        """The path, where `directory` shows the prefix."""
+        return directory / self.name if self.name else directory
 
 
 class BenchError(Exception):
@@ -175,10 +187,14 @@ def program(name: str) -> str:
 class LocalBucket(S3Server):
     """localbucket: serves plain files at 3 GB/s, so that the clients and not the server are measured."""
 
+    def __init__(self, directory: Path, root: Path | None = None) -> None:
+        """`root`: where the buckets are; DIRECTORY/buckets by itself."""
+        super().__init__(directory)
+        self.root = root or self.directory / "buckets"
+
     def start(self) -> None:
-        root = self.directory / "buckets"
-        root.mkdir(parents=True)
-        command = [program("localbucket"), "--host", "127.0.0.1", "--port", str(self.port), str(root)]
+        self.root.mkdir(parents=True, exist_ok=True)
+        command = [program("localbucket"), "--host", "127.0.0.1", "--port", str(self.port), str(self.root)]
         self.launch(command, ready=self._ready, env=self.env(), cwd=self.directory)
 
     def _ready(self) -> bool:
@@ -188,7 +204,7 @@ class LocalBucket(S3Server):
             return False
 
     def put_file(self, bucket: str, key: str, path: Path) -> None:
-        target = self.directory / "buckets" / bucket / key
+        target = self.root / bucket / key
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
 

@@ -28,16 +28,20 @@ def load(directory: Path) -> dict[str, object]:
     first_byte_seconds = time.perf_counter() - started
 
     tensors: dict[str, np.ndarray] = {}
+    first_tensor_seconds: float | None = None
     for path in weights:
         with safe_open(path, framework="numpy") as model:
             for name in model.keys():  # noqa: SIM118 -- not a dict, cannot be iterated
                 tensors[f"{path.relative_to(directory)}:{name}"] = np.array(model.get_tensor(name))
+                if first_tensor_seconds is None:
+                    first_tensor_seconds = time.perf_counter() - started
     load_seconds = time.perf_counter() - started
 
     digests = {name: hashlib.sha256(tensor.tobytes()).hexdigest() for name, tensor in tensors.items()}
     digests |= {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     return {
         "first_byte_seconds": first_byte_seconds,
+        "first_tensor_seconds": first_tensor_seconds,
         "load_seconds": load_seconds,
         "bytes": sum(path.stat().st_size for path in files),
         "tensors": len(tensors),

