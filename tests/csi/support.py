@@ -256,8 +256,13 @@ class Kubelet:
         mode: int = Mode.MULTI_NODE_READER_ONLY,
         flags: tuple[str, ...] = (),
         readonly: bool = False,
+        patient: bool = True,
     ) -> None:
-        """NodePublishVolume with the pod's information. Raises grpc.RpcError."""
+        """NodePublishVolume with the pod's information. Raises grpc.RpcError.
+
+        `patient`: asks again while the driver is busy with this target, as a kubelet does (a driver that was started
+        again tidies up what the last one left).
+        """
         context = {
             **(attributes if attributes is not None else {"uri": "s3://models/llama"}),
             "csi.storage.k8s.io/pod.name": "pod",
@@ -274,12 +279,24 @@ class Kubelet:
             secrets=dict(secrets or {}),
             readonly=readonly,
         )
-        self._stub.NodePublishVolume(request, timeout=DEADLINE_S, wait_for_ready=True)
+        self._call(self._stub.NodePublishVolume, request, patient)
 
-    def unpublish(self, volume_id: str, target: Path | str) -> None:
-        """NodeUnpublishVolume."""
+    def unpublish(self, volume_id: str, target: Path | str, *, patient: bool = True) -> None:
+        """NodeUnpublishVolume; `patient` as in publish()."""
         request = csi_pb2.NodeUnpublishVolumeRequest(volume_id=volume_id, target_path=str(target))
-        self._stub.NodeUnpublishVolume(request, timeout=DEADLINE_S, wait_for_ready=True)
+        self._call(self._stub.NodeUnpublishVolume, request, patient)
+
+    @staticmethod
+    def _call(method: Callable[..., object], request: object, patient: bool) -> None:
+        end_s = time.monotonic() + DEADLINE_S
+        while True:
+            try:
+                method(request, timeout=DEADLINE_S, wait_for_ready=True)
+                return
+            except grpc.RpcError as exc:
+                if not patient or exc.code() is not grpc.StatusCode.ABORTED or time.monotonic() > end_s:
+                    raise
+            time.sleep(0.05)
 
     def stats(self, volume_id: str, target: Path | str) -> csi_pb2.NodeGetVolumeStatsResponse:
         """NodeGetVolumeStats."""

@@ -139,8 +139,8 @@ def test_second_request_for_a_target_in_progress_is_aborted(node: NodeUnderTest,
         slow = {"uri": "s3://slow/x"}
         future = pool.submit(kubelet.publish, "vol-1", target, attributes=slow)
         poll(lambda: node.calls.exists() and "volume_publish" in node.calls.read_text(), "the server was asked")
-        assert code(lambda: kubelet.publish("vol-1", target, attributes=slow)) is Code.ABORTED
-        assert code(lambda: kubelet.unpublish("vol-1", target)) is Code.ABORTED
+        assert code(lambda: kubelet.publish("vol-1", target, attributes=slow, patient=False)) is Code.ABORTED
+        assert code(lambda: kubelet.unpublish("vol-1", target, patient=False)) is Code.ABORTED
         (node.directory / "release").touch()
         future.result()
     assert (target / MODEL).exists()
