@@ -59,10 +59,13 @@ def mount(command: Command, source: str, mountpoint: str, *, foreground: bool) -
         raise UsageError(f"{mountpoint!r} is no mount point: give an empty directory")
     place = Path(os.path.realpath(mountpoint))
     check_places(server, place)
+    shown = Path(os.path.realpath(volume.source.removeprefix("file://")))
+    if volume.source.startswith("file://") and (place == shown or shown in place.parents):
+        raise UsageError(f"the mount point {place} lies in the source {shown}: it would show itself")
     made = [path for path in (server.state_dir, server.runtime_dir) if not path.exists()]
     try:
         make_state_dir(server.state_dir)
-        _make_runtime_dir(server.runtime_dir, command.uid)
+        _make_runtime_dir(server.runtime_dir, command)
         busy = f"another mount on {server.state_dir} (process {{holder}}) does not end: see its log"
         with file_lock(server.runtime_dir / "mount.lock", wait_s=MOUNT_LOCK_S, busy=busy):
             recover_dead_mount(place)
@@ -95,14 +98,17 @@ def check_places(server: ServerConfig, place: Path, *, device: str = "/dev/fuse"
         )
 
 
-def _make_runtime_dir(runtime_dir: Path, uid: int) -> None:
+def _make_runtime_dir(runtime_dir: Path, command: Command) -> None:
+    """Raises UsageError unless it is, or can be made, a directory of this user's alone."""
+    base = runtime_base(command.environ, command.uid)  # maybe in /tmp, where anybody could have made it
     try:
-        runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = runtime_dir.stat()
-        if found.st_uid != uid:
-            raise UsageError(
-                f"{runtime_dir} belongs to user {found.st_uid}: set XDG_RUNTIME_DIR to a directory of yours"
-            )
+        for directory in (base, runtime_dir) if runtime_dir.parent == base else (runtime_dir,):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = directory.lstat() if directory == base else directory.stat()
+            if found.st_uid != command.uid:
+                raise UsageError(
+                    f"{directory} belongs to user {found.st_uid}: set XDG_RUNTIME_DIR to a directory of yours"
+                )
         if found.st_mode & 0o077:
             if any(runtime_dir.iterdir()):  # /tmp or /run must not become 0700
                 raise UsageError(

@@ -21,7 +21,9 @@ RUN_NAME, CACHE_NAME, SOCKET_NAME = "run", "cache", "keeper.sock"  # as in node_
 @click.option("--node-dir", metavar="DIR", required=True, help="Holds root (the mount), run and cache (the server's).")
 @click.option("--server-uid", metavar="N", type=int, default=65534, show_default=True, help="Whom the server runs as.")
 @click.option("--state-dir", metavar="DIR", help="Where the server's files must lie (default: NODE_DIR/cache).")
-@click.option("--give-up", metavar="SECONDS", type=float, help="Abort the mount without a server (default: never).")
+@click.option(
+    "--give-up", metavar="SECONDS", type=float, help="Abort the mount without a server for so long (3600; 0: never)."
+)
 @click.option("--kernel-disable", metavar="FEATURES", help="Kernel features not to use, with commas.")
 @click.option("--unmount", is_flag=True, help="Unmount what an earlier keeper mounted, and end.")
 def keeper(unmount: bool, **flags: Any) -> None:

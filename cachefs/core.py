@@ -18,7 +18,7 @@ from cachefs.cache import DRAIN_SECONDS, ChunkCache
 from cachefs.cached import ObjectRecord, Pin
 from cachefs.chunk import ObjectId, chunk_count, chunk_length
 from cachefs.config import GIB, ServerConfig, VolumeConfig
-from cachefs.errors import CachefsError, NotFound, WorkFailed
+from cachefs.errors import AccessDenied, CachefsError, NotFound, Offline, StoreUnavailable, UsageError, WorkFailed
 from cachefs.index import Index
 from cachefs.metrics import Metrics
 from cachefs.offload import Offload
@@ -190,11 +190,14 @@ class Core:
     # -- work -----------------------------------------------------------------------------------------------------
 
     async def warm(self, source: Source, *, pin: bool, progress: Progress) -> dict[str, Any]:
-        """Fetch everything under a source. Raises NotFound when there is nothing, WorkFailed when some failed."""
+        """Fetch everything under a source. Raises UsageError when there is nothing, WorkFailed when some failed."""
         started = trio.current_time()
-        objects = [item async for item in self._listed(source)]
+        try:
+            objects = [item async for item in self._listed(source)]
+        except (AccessDenied, StoreUnavailable, Offline) as exc:
+            raise UsageError(f"{source.config.source} cannot be listed: {exc}") from exc
         if not objects:
-            raise NotFound(f"{source.config.source} has no objects: check bucket, prefix and --include")
+            raise UsageError(f"{source.config.source} has no objects: check bucket, prefix and --include")
         if pin:
             await self.pin(source)
         total = sum(object_id.size for object_id in objects)

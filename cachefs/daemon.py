@@ -18,7 +18,7 @@ import trio
 from cachefs import control, fuse, logs
 from cachefs.config import read_credentials
 from cachefs.core import Core, first_error, open_core
-from cachefs.errors import CachefsError, WorkFailed
+from cachefs.errors import CachefsError, UsageError, WorkFailed
 from cachefs.ledger import Ledger
 from cachefs.link import KeeperLink
 from cachefs.metrics import Metrics, serve_metrics
@@ -41,6 +41,8 @@ NODE_LOCK_WAIT_S = 60.0
 
 NOT_ON_NODES = ("volume_add", "volume_remove", "upgrade", "stop")
 """Requests of a local mount: on a node volumes are published, and the mount is the keeper's."""
+
+METRICS_AGAIN_S = 2.0
 
 log = logging.getLogger("cachefs.daemon")  # __name__ is "__main__" here
 
@@ -126,8 +128,10 @@ async def _serve(
             methods |= publications.methods()
         await nursery.start(vfs.run)
         if config.server.metrics is not None:
-            host, _, port = config.server.metrics.rpartition(":")
-            await nursery.start(serve_metrics, server.exposition, host.strip("[]"), int(port))
+            if link.session.generation == 0:
+                await nursery.start(_serve_metrics, server, config.server.metrics)
+            else:
+                nursery.start_soon(_serve_metrics_again, server, config.server.metrics)
         ended = trio.Event()
         await nursery.start(_serve_fuse, vfs, link, stop, ended)
         await nursery.start(control.serve, config.server.runtime_dir, methods)
@@ -137,6 +141,26 @@ async def _serve(
         log.info("serving %d volumes", len(core.volumes))
         await ended.wait()
         nursery.cancel_scope.cancel()
+
+
+async def _serve_metrics(
+    server: Server, address: str, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
+) -> None:
+    host, _, port = address.rpartition(":")
+    await serve_metrics(server.exposition, host.strip("[]"), int(port), task_status=task_status)
+
+
+async def _serve_metrics_again(server: Server, address: str) -> None:
+    """After a restart: that somebody else took the port meanwhile must not keep a mount from coming back."""
+    told = False
+    while True:
+        try:
+            await _serve_metrics(server, address)
+        except UsageError as exc:
+            if not told:
+                log.warning("no metrics for now: %s", exc)
+            told = True
+        await trio.sleep(METRICS_AGAIN_S)
 
 
 async def _serve_fuse(

@@ -17,7 +17,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import trio
 
-from cachefs.errors import CachefsError, ReadOnly
+from cachefs.errors import CachefsError, IsADirectory, NotADirectory, NotFound, ReadOnly, StaleInode
 from cachefs.kernel.session import Session
 from cachefs.kernel.wire import resend_message
 from cachefs.vfs import BLOCK_BYTES, NAME_BYTES_MAX, Attributes, Vfs
@@ -52,6 +52,10 @@ READ_BLOCK_BYTES = 1024 * 1024
 
 HAND_OVER_GRACE_S = 0.5
 
+TOLD_AGAIN_S = 10.0
+ORDINARY = (NotFound, NotADirectory, IsADirectory, StaleInode, ReadOnly)
+"""What programs ask for all the time."""
+
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -71,7 +75,7 @@ def _answer(handler: Handler[P, T]) -> Handler[P, T]:
             raise
         except CachefsError as exc:
             self.vfs.count_error(exc, of_read=handler.__name__ == "read")
-            logger.debug("%s: %s", handler.__name__, exc)
+            self.tell(handler.__name__, exc)
             raise pyfuse3.FUSEError(exc.errno) from None
         except Exception as exc:
             self.vfs.count_error(exc, of_read=handler.__name__ == "read")
@@ -93,6 +97,16 @@ class Operations(pyfuse3.Operations):
         super().__init__()
         self.vfs = vfs
         self._on_init = on_init
+        self._told_s: dict[str, float] = {}
+
+    def tell(self, request: str, exc: CachefsError) -> None:
+        """A user who sees EIO looks into the log: one line per kind of error and TOLD_AGAIN_S, ordinary ones aside."""
+        kind, now_s = type(exc).__name__, trio.current_time()
+        if isinstance(exc, ORDINARY) or now_s - self._told_s.get(kind, -TOLD_AGAIN_S) < TOLD_AGAIN_S:
+            logger.debug("%s: %s", request, exc)
+            return
+        self._told_s[kind] = now_s
+        logger.warning("%s is answered with %s: %s", request, errno.errorcode[exc.errno], exc)
 
     def init(self) -> None:
         self._on_init()
@@ -240,12 +254,14 @@ def _take_device(session: Session, device: int, running: trio.Event) -> None:
 
 
 async def _report(vfs: Vfs, restarted: bool, running: trio.Event, task_status: trio.TaskStatus[None]) -> None:
-    await running.wait()
-    if restarted:
-        vfs.check_passthrough_later()
-    else:
-        await vfs.check_passthrough()
-    task_status.started()
+    try:
+        await running.wait()
+        if restarted:
+            vfs.check_passthrough_later()
+        else:
+            await vfs.check_passthrough()
+    finally:
+        task_status.started()  # also when it was unmounted before that: an end, and no failure
 
 
 async def _stop_when_wanted(stop: trio.Event, scope: trio.CancelScope) -> None:

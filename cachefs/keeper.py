@@ -86,6 +86,14 @@ class Keeper:
         self._starts = 1
         server.send(Message("adopted"))
 
+    def close_lost_backings(self) -> None:
+        """What the last keeper was about to say or to do when it died."""
+        try:
+            if lost := self._backings.close_lost():
+                log(f"closed {lost} backing files that nobody knew of")
+        except OSError:
+            return  # no passthrough here
+
     def run(self) -> int:
         """Until the mount and the server have ended."""
         if self._server is None:
@@ -477,6 +485,8 @@ def take_over(link_fd: int) -> int:
     lock_fd = hold_lock(session.config, LOCK_TIMEOUT_S)
     keeper = Keeper(session, -1)
     keeper.adopt(Server(sock, pidfd, session.server_pid, peer_credentials(sock)[1]))
+    if not link:
+        keeper.close_lost_backings()
     log(f"took over server {session.server_pid} with {len(session.backings)} backing files")
     status = keeper.run()
     os.close(lock_fd)

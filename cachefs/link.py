@@ -40,7 +40,8 @@ class PassthroughRefused(CachefsError):
 class _Question:
     """One request that waits for the keeper's answer; `answer` stays None when the keeper dies."""
 
-    def __init__(self) -> None:
+    def __init__(self, message: Message) -> None:
+        self.message = message
         self.answered = trio.Event()
         self.answer: Message | None = None
 
@@ -75,6 +76,8 @@ class KeeperLink:
     def receive(cls, fd: int) -> "KeeperLink":
         """Block until the keeper's session is here. Raises WorkFailed when the keeper is gone before that."""
         os.set_inheritable(fd, False)
+        if (descriptor := credentials_fd(os.environ)) >= 0:
+            os.set_inheritable(descriptor, False)  # for us and for a new keeper, not for other children
         sock = socket.socket(fileno=fd)
         sock.setblocking(True)
         packet = receive_message(sock)
@@ -123,7 +126,6 @@ class KeeperLink:
         answer = await self._ask(message, [fd])
         if answer.kind != "registered":
             raise PassthroughRefused(answer.text)
-        self._note(answer, node, object_key)
         return answer.backing_id
 
     async def close_backing(self, backing_id: int) -> None:
@@ -182,6 +184,9 @@ class KeeperLink:
             elif message.kind == "adopted":
                 self._adopted = True
             elif question := self._questions.get(message.request):
+                if message.kind == "registered":
+                    # Before anything else runs: a new keeper closes what it is not told of.
+                    self._note(message, question.message.node, question.message.object_key)
                 question.answer = message
                 question.answered.set()
             elif message.kind == "registered":
@@ -240,7 +245,7 @@ class KeeperLink:
 
     async def _ask(self, message: Message, descriptors: Sequence[int] = ()) -> Message:
         """The keeper's answer; a refusal when there is no keeper or it does not answer."""
-        question = self._questions[message.request] = _Question()
+        question = self._questions[message.request] = _Question(message)
         try:
             with trio.move_on_after(REGISTER_DEADLINE_S):
                 await self._send(message, descriptors)

@@ -45,6 +45,8 @@ SOCKET_NAME = "keeper.sock"
 LOOP_S = 1.0
 ADOPT_S = 30.0
 """Somebody holds the old mount's device, or the mount would answer with ENOTCONN: supervisors come within a second."""
+GIVE_UP_S = 3600.0
+"""An image that cannot be pulled must not end running pods; and nothing may hang for ever. 0: never give up."""
 CLIENTS_MAX = 8
 MESSAGES_PER_TURN = 64
 GREETING_S = 10.0
@@ -423,7 +425,7 @@ def main() -> int:
     parser.add_argument("--node-dir", type=Path, required=True, help="holds root (the mount), run and cache")
     parser.add_argument("--server-uid", type=int, default=65534, help="whom the server runs as (65534)")
     parser.add_argument("--state-dir", type=Path, help="where the server's files must lie (NODE_DIR/cache)")
-    parser.add_argument("--give-up", type=float, default=0.0, metavar="SECONDS", help="abort without a server (never)")
+    parser.add_argument("--give-up", type=float, default=GIVE_UP_S, metavar="SECONDS", help="abort without a server")
     parser.add_argument("--kernel-disable", default="", metavar="FEATURES", help="kernel features not to use")
     parser.add_argument("--unmount", action="store_true", help="unmount what an earlier keeper mounted, and end")
     arguments = parser.parse_args()

@@ -48,6 +48,8 @@ SMALL_BYTES = 1024 * 1024
 SMALL_OBJECTS_MAX = 64
 SWEEP_S = 2.0
 PUBLISH_DEADLINE_S = 90.0
+PROVEN_S = 600.0
+"""So long a principal that could list a view may publish it again without a request. Withdrawn access shows up then."""
 
 
 class Publications:
@@ -85,18 +87,21 @@ class Publications:
             task_status.started()
             while True:
                 await trio.sleep(SWEEP_S)
-                await self._sweep()
+                try:
+                    await self._sweep()
+                except CachefsError as exc:
+                    log.warning("unpublished volumes could not be tidied up: %s", exc)
 
     async def _load(self) -> None:
         given = {}
         if data := self._keep.read("credentials"):
             given = msgspec.json.decode(data, type=dict[str, Given])
         for _, value in list(self._core.index.scan(Table.VOLUMES)):
-            publication = msgspec.msgpack.decode(value, type=Publication)
             try:
+                publication = msgspec.msgpack.decode(value, type=Publication)
                 view = await self._view(publication)
-            except CachefsError as exc:  # the admin's policy is another one now
-                log.warning("volume %s is not shown: %s", publication.key, exc)
+            except (CachefsError, msgspec.MsgspecError) as exc:  # the admin's policy is another one now
+                log.warning("a published volume is not shown: %s", exc)
                 continue
             self._publications[publication.key] = publication
             if not publication.gone:
@@ -113,7 +118,7 @@ class Publications:
 
     async def _publish(self, params: Params, progress: Progress, caller: Caller) -> dict[str, Any]:
         request = convert_secret(params, Request)
-        if not (request.key.isalnum() and 8 <= len(request.key) <= 64):
+        if not is_key(request.key):
             raise UsageError("key: 8 to 64 letters and digits")
         async with self._locked(request.key):
             known = self._publications.get(request.key)
@@ -137,7 +142,9 @@ class Publications:
             is_new = publication.view not in self._views
             view = await self._view(publication)
             try:
-                await self._prove(view, publication, request.credentials)
+                await self._prove(view, publication, request)
+                if publication.pin:
+                    await self._core.cache.pin(self._pin(view, publication))
                 record = Write(Table.VOLUMES, request.key.encode(), msgspec.msgpack.encode(publication))
                 await self._core.offload.index(self._apply, [record])
             except BaseException:
@@ -147,18 +154,17 @@ class Publications:
             self._publications[request.key] = publication
             view.publications.add(request.key)
             await self._give(request.key, request.credentials)
-        if publication.pin:
-            await self._core.cache.pin(self._pin(view, publication))
         self._start_prefetch(view, publication)
         log.info("published %s as %s", publication.source, publication.view)
         return publication.view
 
-    async def _prove(self, view: View, publication: Publication, given: Given) -> None:
+    async def _prove(self, view: View, publication: Publication, request: Request) -> None:
         """One listing with these credentials: who may not list gets an error, not a view.
 
-        Not asked again: whether what is proven already may. Raises what the store raises, Offline.
+        Not asked again within PROVEN_S: whether what may, still may. Raises what the store raises, Offline.
         """
-        if view.proven == given:
+        given = request.credentials
+        if view.is_proven(given, trio.current_time() - PROVEN_S, is_account=bool(request.principal)):
             return
         if self._core.config.offline:
             raise Offline("volumes cannot be published offline: nobody can say who may see them")
@@ -170,19 +176,29 @@ class Publications:
             finally:
                 inner.close()
         else:
+            before = view.keys.given
             view.keys.give(given)
-            top = view.store.layout  # the directory that is the source itself
-            listing = self._core.snapshots.peek_now(view.volume, top)
-            if listing is None:
-                listing = await self._core.snapshots.refreeze(view.volume, top)
-                if not listing.entries:  # nothing there, or the patterns hide it
-                    await self._core.offload.store(view.store.probe)
-            else:
-                await self._core.offload.store(view.store.probe)
+            try:
+                await self._look(view)
+            except BaseException:
+                view.keys.give(before)  # files may still be open in it
+                raise
         view.proven = given
+        view.proven_s = trio.current_time()
+
+    async def _look(self, view: View) -> None:
+        top = view.store.layout  # the directory that is the source itself
+        if self._core.snapshots.peek_now(view.volume, top) is None:
+            listing = await self._core.snapshots.refreeze(view.volume, top)
+            if listing.entries:
+                return
+            # Nothing there, or the patterns hide it.
+        await self._core.offload.store(view.store.probe)
 
     async def _unpublish(self, params: Params, progress: Progress, caller: Caller) -> dict[str, Any]:
-        key = str(params.get("key"))[:64]
+        key = str(params.get("key"))
+        if not is_key(key):
+            return {}
         async with self._locked(key):
             publication = self._publications.get(key)
             if publication is None and self._core.index.get(Table.VOLUMES, key.encode()) is not None:
@@ -412,6 +428,11 @@ class _Held:
         lock, users = self._locks.pop(self._name)
         if users > 1:
             self._locks[self._name] = (lock, users - 1)
+
+
+def is_key(text: str) -> bool:
+    """Whether this can be a publication's key (which is a key of the index, too)."""
+    return text.isascii() and text.isalnum() and 8 <= len(text) <= 64
 
 
 def convert_secret(value: Any, kind: type[Any]) -> Any:

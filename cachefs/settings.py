@@ -360,6 +360,12 @@ def volume_name(config: VolumeConfig) -> str:
 def volume_config(settings: Settings, source: str) -> VolumeConfig:
     """The volume's part, with its name."""
     values = {name: settings[name] for name in VOLUME_PARSERS}
+    if source.startswith("file://"):  # what the environment or the file says for S3 stores is not meant; a flag is
+        for name in ("endpoint_url", "region", "profile", "anonymous", "store"):
+            if not settings.items[name].origin.startswith("--"):
+                del values[name]
+        values.setdefault("anonymous", False)
+        values.setdefault("profile", None)
     if values["anonymous"] and values["profile"]:
         raise UsageError("--anonymous and --profile exclude each other: choose one")
     config = VolumeConfig(name="", source=source, **values)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from typing import Any, Literal
 
@@ -63,7 +64,15 @@ class View:
         self.publications: set[str] = set()
         self.background: set[trio.CancelScope] = set()
         self.proven: Given | None = None
-        """What the store was last listed with at a publish."""
+        """What the store was last listed with at a publish, at `proven_s` (trio's clock)."""
+        self.proven_s = -math.inf
+
+    def is_proven(self, given: Given, since_s: float, *, is_account: bool) -> bool:
+        """Whether these credentials could list the store lately. Tokens of one service account are one: they rotate."""
+        if self.proven is None or self.proven_s < since_s:
+            return False
+        same_account = is_account and given.kind == "web_identity" and given.identity == self.proven.identity
+        return given == self.proven or same_account
 
     def stop_background(self) -> None:
         """End its prefetch."""

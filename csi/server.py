@@ -23,9 +23,10 @@ volume_publish {key, source, endpoint_url, region, include, exclude, layout, pin
                   static: `values` by the names of SECRET_NAMES; web_identity: `tokens` {audience: {"token",
                   "expires"}}, `role` an ARN or None (EKS Pod Identity: audience pods.eks.amazonaws.com; GKE: the
                   workload identity pool; Azure: api://AzureADTokenExchange); chain: the server's own; anonymous.
-                  Kept in memory only, never logged, never in status. After a restart of the server a key has no
-                  credentials until the next volume_credentials or volume_publish: what is local is served,
-                  fetches wait (`on_unreachable`), the condition says `credentials`.
+                  Kept in memory only, never logged, never in status. A server process that
+                  is killed leaves them to the next one; after a restart of its container a key has none until the
+                  next volume_credentials or volume_publish: what is local is served, fetches wait
+                  (`on_unreachable`), the condition says `credentials`.
     root          path of the view's directory relative to the FUSE root: `name` or `name/name`, no `..`. Keys with the
                   same source, options, principal and isolation may get the same root; it lives until the last of
                   them is unpublished.

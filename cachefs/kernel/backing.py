@@ -11,6 +11,8 @@ from cachefs.kernel import wire
 from cachefs.kernel.session import Backing
 
 BACKINGS_MAX = 1_000_000
+LOST_LOOK_BACK = 1_000_000
+"""About a second; only what was lost longer ago than so many registrations stays."""
 
 O_PATH = 0o10000000
 # What may be set on an O_RDONLY descriptor beside the access mode: O_LARGEFILE (0o100000, always on 64 bit),
@@ -120,3 +122,24 @@ class Backings:
         if backing is not None:
             del self._nodes[backing.node]
             wire.close_backing(self._fuse_fd, backing_id)
+
+    def close_lost(self) -> int:
+        """Close every id that nobody knows of, and return how many there were: the last keeper died between making
+        one and telling the server, or before it read that one is not needed any more. The blob would be in use for
+        ever. Ids are given out in ascending order (idr_alloc_cyclic), so a new one bounds them.
+        """
+        descriptor = os.open(os.path.join(self._directory, "lock"), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            newest = wire.open_backing(self._fuse_fd, descriptor)
+        finally:
+            os.close(descriptor)
+        lost = -1  # the new one is closed as well
+        for backing_id in range(max(1, newest - LOST_LOOK_BACK), newest + 1):
+            if backing_id in self._by_id:
+                continue
+            try:
+                wire.close_backing(self._fuse_fd, backing_id)
+            except OSError:
+                continue  # there is none
+            lost += 1
+        return lost

@@ -110,7 +110,11 @@ def receive_message(sock: socket.socket) -> tuple[Message, list[int]] | None:
     Raises BlockingIOError when there is none yet, msgspec.DecodeError for one that makes no sense.
     """
     try:
-        data, descriptors, flags = receive_descriptors(sock, MESSAGE_BYTES_MAX)
+        try:
+            data, descriptors, flags = receive_descriptors(sock, MESSAGE_BYTES_MAX)
+        except ConnectionResetError:
+            # The peer was killed with a packet unread. That is said first, once; what it had sent comes after it.
+            data, descriptors, flags = receive_descriptors(sock, MESSAGE_BYTES_MAX)
     except ConnectionError:
         return None
     if not data:

@@ -18,7 +18,10 @@ def _version(status: os.stat_result) -> str:
 
 
 class FileStore:
-    """Symbolic links are followed as long as they end inside the root; others are left out."""
+    """Symbolic links are followed as long as they end inside the root; others are left out.
+
+    So is one to a directory that one is in already: the tree would have no end.
+    """
 
     def __init__(self, path: str) -> None:
         if not path.startswith("/"):
@@ -78,7 +81,10 @@ class FileStore:
     def _add(self, entry: os.DirEntry[str], directory: str, objects: list[ObjectInfo], prefixes: list[str]) -> None:
         try:
             entry.name.encode()
-            status = os.stat(self._inside(Path(entry.path)) if entry.is_symlink() else entry.path)
+            real = self._inside(Path(entry.path)) if entry.is_symlink() else None
+            status = os.stat(real or entry.path)
+            if real is not None and stat.S_ISDIR(status.st_mode) and self._is_in(directory, real):
+                return
         except (UnicodeEncodeError, NotFound, FileNotFoundError):
             return
         if stat.S_ISDIR(status.st_mode):
@@ -86,6 +92,12 @@ class FileStore:
         elif stat.S_ISREG(status.st_mode):
             path = f"{directory}/{entry.name}" if directory else entry.name
             objects.append(ObjectInfo(path, status.st_size, _version(status), status.st_mtime))
+
+    def _is_in(self, directory: str, real: Path) -> bool:
+        """Whether one has come through `real` on the way to `directory`."""
+        parts = directory.split("/") if directory else []
+        way = [self._root.joinpath(*parts[:count]) for count in range(len(parts) + 1)]
+        return any(place.resolve() == real for place in way)
 
     def object_id(self, info: ObjectInfo) -> ObjectId:
         """See Store."""

@@ -1,6 +1,7 @@
 """The driver with the real thing: a node's keeper (root), its server (uid 65534), a real S3 server, a kubelet."""
 
 import concurrent.futures
+import json
 import os
 import subprocess
 import threading
@@ -10,14 +11,15 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.csi.support import Kubelet, NodeUnderTest, poll
+from tests.csi.support import Kubelet, NodeUnderTest, poll, tool
+from tests.csi.test_containers import container_config
 from tests.mount.harness import needs_fuse
 from tests.mount.node_support import SERVER_UID, Node, running_node
 from tests.support.s3 import SeaweedServer
 
 pytestmark = needs_fuse
 
-MODELS = {f"llama-{number}": os.urandom(3 * 1024 * 1024 + number) for number in range(3)}
+MODELS = {f"llama-{number}": os.urandom(400_000 + number) for number in range(10)}
 
 
 class RealNode(NodeUnderTest):
@@ -87,7 +89,7 @@ def test_pods_publish_read_and_unpublish(cluster: Cluster) -> None:
         kubelet.unpublish(f"vol-pod-{number}", target)
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(one, range(16)))
+        list(pool.map(one, range(50)))
     node.assert_clean()
 
 
@@ -119,6 +121,43 @@ def test_pods_go_on_while_driver_server_and_keeper_are_killed(cluster: Cluster) 
     subprocess.run(["umount", "-l", str(inner)], check=True)
     for pod, place in (("pod-1", target), ("pod-2", other)):
         kubelet.unpublish(f"vol-{pod}", place)
+    node.assert_clean()
+
+
+def test_a_container_of_uid_1000_reads_on_while_server_and_keeper_are_killed(cluster: Cluster) -> None:
+    node, real = cluster.node, cluster.real
+    runc = tool("runc")
+    node.directory.chmod(0o755)
+    kubelet = node.kubelet()
+    target = cluster.publish(kubelet, "pod-1", "llama-3")
+    bundle, out = node.directory / "bundle", node.directory / "out"
+    (bundle / "rootfs").mkdir(parents=True)
+    out.mkdir()
+    out.chmod(0o777)
+    (bundle / "config.json").write_text(json.dumps(container_config(target, out)))
+    name = f"cachefs-{node.directory.name}"
+    state = str(node.directory / "runc")
+    read, log = out / "read", node.directory / "runc.log"
+    with log.open("ab") as output:
+        command = [runc, "--root", state, "run", "--bundle", str(bundle), name]
+        container = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        for step in (real.kill_server, real.kill_keeper, node.kill_driver, real.kill_server):
+            before = read.stat().st_size if read.exists() else 0
+            poll(lambda before=before: read.exists() and read.stat().st_size > before, "the container reads on")
+            assert container.poll() is None, log.read_text()
+            step()
+        before = read.stat().st_size
+        poll(lambda: read.stat().st_size > before, "the container reads on")
+    finally:
+        subprocess.run([runc, "--root", state, "delete", "--force", name], check=False)
+        container.wait(60)
+    assert not (out / "errors").exists()
+    data = read.read_bytes()
+    model = MODELS["llama-3"]
+    assert all(data[at : at + len(model)] == model for at in range(0, len(data) - len(model), len(model)))
+    node.start_driver()
+    kubelet.unpublish("vol-pod-1", target)
     node.assert_clean()
 
 

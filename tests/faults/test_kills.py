@@ -11,6 +11,7 @@ import random
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -286,3 +287,54 @@ def backing_files(mount: Mounted) -> int:
     """How many backing files the newest server was told of."""
     lines = [line for line in keeper_log(mount).splitlines() if "backing files)" in line]
     return int(lines[-1].rpartition(", ")[2].split()[0])
+
+
+# argv: directory, how many files, names of which are numbers and whose contents are their names. Until stdin ends.
+WALKER = """
+import os, random, select, sys
+directory, count = sys.argv[1], int(sys.argv[2])
+rounds = 0
+while not select.select([0], [], [], 0)[0]:
+    assert len(os.listdir(directory)) == count
+    for _ in range(50):
+        name = f"{random.randrange(count):04}"
+        path = os.path.join(directory, name)
+        assert os.stat(path).st_size == 4
+        with open(path, "rb", buffering=0) as file:
+            assert file.read(100) == name.encode(), name
+    rounds += 1
+print(rounds)
+"""
+
+
+def test_walkers_of_a_tree_see_every_file_and_leave_none_open(tmp_path: Path, origin: LyingServer) -> None:
+    count = 200
+    for number in range(count):
+        origin.put(BUCKET, f"m/d/{number:04}", f"{number:04}".encode())
+    with serving(tmp_path, origin, []) as mount:
+        killer = Killer(mount)
+        command = [sys.executable, "-S", "-c", WALKER, os.fspath(mount.path() / "d"), str(count)]
+        walkers = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for _ in range(4)
+        ]
+        generator = random.Random(17)
+        try:
+            for _ in range(2 * KILLS):
+                time.sleep(generator.uniform(0, 0.2))
+                killer.kill("turns" if generator.random() < 0.3 else "server")
+                assert all(walker.poll() is None for walker in walkers), [walker.communicate() for walker in walkers]
+            for walker in walkers:
+                out, err = walker.communicate(b"stop\n", timeout=120)
+                assert walker.returncode == 0, err.decode()
+                assert int(out) > 0
+        finally:
+            for walker in walkers:
+                walker.kill()
+                walker.communicate()
+
+        def kept() -> list[str]:
+            report = mount.call("evict", source={"name": "m", "source": f"s3://{BUCKET}/m"})
+            return [f"{each['path']}: {each['reason']}" for each in report["skipped"]]
+
+        wait_for(lambda: kept() == [], f"nothing counts as open: {kept()}")

@@ -24,6 +24,7 @@ from cachefs.errors import (
     WorkFailed,
 )
 from cachefs.index import RESERVE_BYTES
+from cachefs.pace import LIMIT_START
 from tests.support.caches import content, opened_cache, run, until
 from tests.support.memory_store import MemoryStore
 
@@ -359,6 +360,29 @@ def test_offer_fills_in_the_background_within_its_budget(tmp_path: Path) -> None
             await until(lambda: all(cache.is_local(object_id, index) for index in range(30)))
             cache.check_invariants()
         assert store.get_count == 30
+
+    run(scenario)
+
+
+def test_prefetch_asks_a_source_for_no_more_at_a_time_than_its_pace_allows(tmp_path: Path) -> None:
+    store = MemoryStore({"a": content(40 * CHUNK)})
+    object_id = store.id_of("a")
+
+    async def scenario() -> None:
+        async with opened_cache(tmp_path, buffers=34) as cache:
+            with store.gets.held():
+                assert sum(cache.offer(store, object_id, index) for index in range(40)) == LIMIT_START
+                async with trio.open_nursery() as nursery:
+                    # Readers are not held back by it, and count.
+                    nursery.start_soon(cache.read, store, object_id, 39 * CHUNK, 10)
+                    await until(lambda: store.gets.waiting == LIMIT_START + 1)
+                    assert not cache.offer(store, object_id, 38)
+                    store.gets.open()
+            for index in range(40):
+                await until(functools.partial(cache.offer, store, object_id, index))
+            await until(lambda: all(cache.is_local(object_id, index) for index in range(40)))
+            cache.check_invariants()
+        assert store.get_count == 40
 
     run(scenario)
 

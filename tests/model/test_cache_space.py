@@ -4,7 +4,7 @@ import errno
 import itertools
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from cachefs.cache import ChunkCache
 from cachefs.cached import Pin
 from cachefs.chunk import ChunkKey, ObjectId
 from cachefs.errors import NoSpace, Offline
+from cachefs.index import Index, Write
 from cachefs.tier import BlobStat
 from cachefs.tier.local import LocalTier
 from tests.support.caches import content, opened_cache, run, until
@@ -441,5 +442,30 @@ def test_a_start_tidies_what_a_crash_left(tmp_path: Path) -> None:
             cache.check_invariants()
             for path in "abc":
                 assert bytes(await cache.read(store, store.id_of(path), 0, 2 * CHUNK)) == store.objects[path][0]
+
+    run(scenario)
+
+
+def test_many_objects_are_evicted_with_few_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{number:03d}" for number in range(200)]
+    store = MemoryStore({name: content(1000, seed) for seed, name in enumerate(names)})
+    commits: list[int] = []
+    apply = Index.apply
+
+    def counted(self: Index, writes: Sequence[Write], *, durable: bool) -> None:
+        commits.append(len(writes))
+        apply(self, writes, durable=durable)
+
+    async def scenario() -> None:
+        async with opened_cache(tmp_path, buffers=64) as cache:
+            await fill(cache, store, *names)
+            monkeypatch.setattr(Index, "apply", counted)
+            report = await cache.evict(None)
+            assert (report.evicted_objects, report.skipped) == (200, ())
+            assert len(commits) < 100
+            cache.check_invariants()
+        assert [path for path in (tmp_path / "blobs").rglob("*") if path.is_file()] == []
+        async with opened_cache(tmp_path) as cache:
+            assert list(cache.objects()) == []
 
     run(scenario)

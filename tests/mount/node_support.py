@@ -61,6 +61,7 @@ class Node:
         self.supervisor: subprocess.Popen[bytes] | None = None
         self.variables: dict[str, str] = {}
         """More for the environment of keeper and server."""
+        self.isolated = False
         self._keeper_flags: tuple[str, ...] = ()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._devices: set[str] = set()
@@ -88,20 +89,30 @@ class Node:
         self._processes.append(process)
         return process
 
+    def isolate(self) -> None:
+        """From now on keepers have a mount namespace of their own."""
+        self.node_dir.mkdir(mode=0o711)
+        subprocess.run(["mount", "--bind", str(self.node_dir), str(self.node_dir)], check=True)
+        subprocess.run(["mount", "--make-shared", str(self.node_dir)], check=True)
+        self.isolated = True
+
     def start_keeper(self, *extra: str) -> None:
         """As root, until the root is mounted."""
         arguments = ["cachefs.node_keeper", "--node-dir", str(self.node_dir), "--server-uid", str(SERVER_UID)]
         self._keeper_flags = extra or self._keeper_flags
-        self.keeper = self._spawn([*arguments, *self._keeper_flags], "keeper.log")
+        # As in a container with Bidirectional propagation: what it mounts shows here, and stays when it ends.
+        before = ["unshare", "--mount", "--propagation", "unchanged"] if self.isolated else []
+        self.keeper = self._spawn([*arguments, *self._keeper_flags], "keeper.log", before=before)
         wait_for(lambda: self.mount() is not None, "the keeper mounts")
 
-    def start_supervisor(self, *extra: str) -> None:
-        """As uid 65534 without capabilities, until its server answers."""
+    def start_supervisor(self, *extra: str, wait: bool = True) -> None:
+        """As uid 65534 without capabilities; with `wait` until its server answers."""
         arguments = ["cachefs.cli", "serve", "--node-dir", str(self.node_dir), "--cache-size", "1GiB"]
         arguments += ["--read-timeout", "40"]  # a test that reads in vain gets an error
         arguments += [part for endpoint in self.endpoints for part in ("--allow-endpoint", endpoint)]
         self.supervisor = self._spawn([*arguments, *extra], "server.log", before=as_nobody(self.root))
-        self.wait_ready()
+        if wait:
+            self.wait_ready()
 
     def wait_ready(self) -> None:
         """Until a server answers."""

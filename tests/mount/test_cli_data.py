@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import urllib.request
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def test_warm_takes_one_object_and_pins(cli: Cli, bucket: LyingServer, place: Pa
     (warmed,) = cli.json("warm", "s3://models/m/weights.bin", "--pin", *at)["warmed"]
     assert (warmed["objects_total"], warmed["fetched_bytes"]) == (1, len(DATA))
     assert [item["pinned"] for item in cli.json("ls")["objects"]] == [True]
-    nothing = cli.run("warm", "s3://models/m/nothing", *at, code=1)
+    nothing = cli.run("warm", "s3://models/m/nothing", *at, code=2)
     assert nothing.stderr.startswith("cachefs: ")
 
 
@@ -150,6 +151,39 @@ def test_commands_wait_for_a_server_that_is_being_restarted(cli: Cli, bucket: Ly
     (warmed,) = cli.json("warm", "s3://models/m")["warmed"]
     assert warmed["fetched_bytes"] == TOTAL
     assert cli.status()["cache"]["store_bytes"] == TOTAL  # the new server did it, not the command itself
+
+
+def test_a_metrics_port_that_was_taken_does_not_keep_a_server_from_coming_back(cli: Cli, bucket: LyingServer) -> None:
+    (port,) = free_ports(1)
+    at = ("--endpoint-url", bucket.endpoint_url, "--metrics", f"127.0.0.1:{port}")
+    cli.run("mount", "s3://models/m", cli.place(), *at)
+    before = cli.status()
+    os.kill(before["keeper"]["pid"], signal.SIGSTOP)  # it starts no server before the port is taken
+    os.kill(before["server"]["pid"], signal.SIGKILL)
+    with socket.socket() as thief:
+        thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        wait_for(lambda: bind(thief, port), "the port is free")
+        thief.listen()
+        os.kill(before["keeper"]["pid"], signal.SIGCONT)
+        assert (cli.place() / "weights.bin").read_bytes() == DATA
+        wait_for(lambda: "no metrics for now" in cli.log(), "it is told")
+    wait_for(lambda: answers(port), "metrics are back")
+
+
+def bind(sock: socket.socket, port: int) -> bool:
+    try:
+        sock.bind(("127.0.0.1", port))
+    except OSError:
+        return False
+    return True
+
+
+def answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30):
+            return True
+    except OSError:
+        return False
 
 
 def test_ls_shows_objects_as_commands_take_them(cli: Cli, bucket: LyingServer) -> None:

@@ -349,3 +349,14 @@ def test_an_upgrade_to_nothing_is_refused_and_the_mount_lives(cli: Cli, bucket: 
     assert done.returncode in (1, 2)
     assert done.stderr.startswith("cachefs: ")
     assert (place / "weights.bin").read_bytes() == DATA
+
+
+def test_what_a_reader_is_refused_is_in_the_log(cli: Cli, bucket: LyingServer) -> None:
+    place = cli.place()
+    cli.run("mount", "s3://models/m", place, *at(bucket))
+    bucket.lie("403")
+    with pytest.raises(PermissionError):
+        (place / "weights.bin").read_bytes()
+    lines = [line for line in cli.json("logs")["lines"] if "EACCES" in line]
+    assert len(lines) == 1
+    assert "weights.bin" in lines[0]

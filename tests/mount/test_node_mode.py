@@ -133,6 +133,53 @@ def test_after_the_death_of_all_a_new_mount_shows_the_same_volumes(bucket: Lying
         assert node.condition("pod") == "credentials"
 
 
+def test_keepers_in_containers_of_their_own_hand_the_mount_on(bucket: LyingServer) -> None:
+    with Node([bucket.endpoint_url]) as node:
+        node.isolate()
+        node.start_keeper()
+        node.start_supervisor()
+        view = node.publish("pod", "s3://models/llama", GOOD, prefetch="none")
+        device = node.mount()
+        with reading(view / "model.safetensors", node.directory / "stop"):
+            for _ in range(2):
+                node.kill_keeper()
+                node.kill_server()
+        assert node.mount() == device
+        # And from nothing, when all of them died.
+        assert node.keeper is not None
+        node.keeper.kill()
+        node.keeper.wait()
+        node.kill_supervisor()
+        node.start_keeper()
+        wait_for(lambda: "mounting anew" in node.log("keeper.log"), "a fresh mount")
+        node.start_supervisor()
+        assert (view / "model.safetensors").read_bytes() == MODEL
+
+
+def test_a_server_may_start_before_its_keeper(bucket: LyingServer) -> None:
+    with Node([bucket.endpoint_url]) as node:
+        node.start_supervisor(wait=False)
+        wait_for(lambda: "started server" in node.log("server.log"), "the supervisor starts a server")
+        node.start_keeper()
+        node.wait_ready()
+        view = node.publish("pod", "s3://models/llama", GOOD)
+        assert (view / "model.safetensors").read_bytes() == MODEL
+
+
+def test_without_a_server_nobody_hangs_for_ever(bucket: LyingServer) -> None:
+    with running_node(bucket.endpoint_url, keeper=["--give-up=2"]) as node:
+        view = node.publish("pod", "s3://models/llama", GOOD, prefetch="none")
+        node.kill_supervisor()
+        with subprocess.Popen(["cat", str(view / "model.safetensors")], stdout=subprocess.PIPE) as reader:
+            reader.communicate(timeout=60)
+            assert reader.returncode != 0
+        wait_for(lambda: "aborting the mount" in node.log("keeper.log"), "the keeper gives up")
+        wait_for(lambda: node.log("keeper.log").count(" mounted ") >= 2, "a fresh mount")
+        node.start_supervisor()
+        assert node.publish("pod", "s3://models/llama", GOOD, prefetch="none") == view
+        assert (view / "model.safetensors").read_bytes() == MODEL
+
+
 def test_a_keeper_believes_no_offer_of_another_mount(bucket: LyingServer) -> None:
     with running_node(bucket.endpoint_url) as node:
         view = node.publish("pod", "s3://models/llama", GOOD, prefetch="none")

@@ -348,6 +348,10 @@ def test_a_service_account_token_becomes_keys_at_the_configured_sts(origin: Lyin
             assert (view / "config.json").read_bytes() == b"{}"
             assert all(request.signed for request in origin.requests)
             assert len(Sts.bodies) == 1
+            origin.forget_requests()
+            again = node.publish("pod-2", "s3://models/llama", web_identity("GOOD-of-pod-2"), principal="ns/pod")
+            assert again == view
+            assert origin.requests == ()  # the same service account
             node.ask("volume_credentials", key=key_of("pod"), credentials=web_identity("GOOD-rotated"))
             with pytest.raises(Refused) as refused:
                 node.publish("other", "s3://models/llama", web_identity("BAD-token-of-another"), principal="b/sa")

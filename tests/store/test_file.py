@@ -33,6 +33,17 @@ def test_links_inside_are_followed_and_links_out_are_not_shown(root: Path) -> No
     assert fetch(store, objects["inner"]) == b"inside"
 
 
+def test_links_to_directories_that_one_is_in_are_not_shown(root: Path) -> None:
+    (root / "sub" / "here").symlink_to(".")
+    (root / "sub" / "up").symlink_to("..")
+    (root / "other").mkdir()
+    (root / "other" / "y").write_bytes(b"y")
+    (root / "other" / "across").symlink_to("../sub")
+    (root / "sub" / "back").symlink_to("../other")
+    paths = sorted(info.path for info in walk(FileStore(str(root))))
+    assert paths == ["other/across/x", "other/y", "sub/back/y", "sub/x"]
+
+
 @pytest.mark.parametrize("as_directory", [False, True])
 def test_a_file_that_became_a_link_out_is_refused(root: Path, as_directory: bool) -> None:
     store = FileStore(str(root))

@@ -103,6 +103,7 @@ BAD = [
     (["mount", "s3://b/p", "MNT", "--state-dir", "FILE"], "state directory"),
     (["mount", "s3://b/p", "MNT", "--state-dir", "MNT/state"], "lie in each other"),
     (["mount", "s3://b/p", "MNT", "--state-dir", "/proc/nothing"], "state directory"),
+    (["mount", "file:///", "MNT"], "lies in the source"),
     (["umount", "MNT"], "not a cachefs mount"),
     (["umount"], "--all"),
     (["umount", "MNT", "--all"], "--all"),
@@ -217,3 +218,19 @@ def test_tables_cut_nothing_off(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("x" * 300)
     assert lines[2].endswith("22")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="makes a directory of another user")
+def test_a_runtime_base_of_another_user_is_refused(tmp_path: Path) -> None:
+    from cachefs import cli_mount
+    from cachefs.cli_context import Command
+    from cachefs.errors import UsageError
+    from cachefs.settings import Settings
+
+    base = tmp_path / "cachefs"
+    base.mkdir()
+    os.chown(base, 0, 0)
+    command = Command(Settings({}), 65534, False, {"XDG_RUNTIME_DIR": str(tmp_path)})
+    with pytest.raises(UsageError, match="belongs to user 0"):
+        cli_mount._make_runtime_dir(base / "0123456789ab", command)
+    assert list(base.iterdir()) == []

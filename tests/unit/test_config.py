@@ -157,3 +157,11 @@ def test_a_configuration_survives_its_way_to_the_server(tmp_path: Path) -> None:
     volume = VolumeConfig(name="n", source="s3://b/ü p", include=("*.x", "y"), uid=5)
     config = MountConfig(server=server, volumes=(volume,), mountpoint=tmp_path / "m", as_root=False, session="s")
     assert decode(encode(config)) == config
+
+
+def test_a_default_endpoint_is_for_s3_sources_only() -> None:
+    found = settings.resolve({}, {"CACHEFS_ENDPOINT_URL": "http://127.0.0.1:1"}, uid=1, gid=1)
+    assert settings.volume_config(found, "s3://bucket/x").endpoint_url == "http://127.0.0.1:1"
+    assert settings.volume_config(found, "file:///x").endpoint_url is None
+    chosen = settings.resolve({"endpoint_url": "http://127.0.0.1:1"}, {}, uid=1, gid=1)
+    assert settings.volume_config(chosen, "file:///x").endpoint_url is not None  # refused later, with the reason
