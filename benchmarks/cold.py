@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import functools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from .cells import Cell, available, cells, order_of, target_of
 from .demo import DemoFailed, model_directory
 from .downloads import Download, JuicefsCold, JuicefsImport, RcloneCopy, S5cmd
 from .harness import BUCKET, MIB, BenchError, Target, machine, peak_rss_mib, processor_seconds, program
-from .links import Link, links
+from .links import PLANS, Link, links
 from .peers import Cachefs, Foreground, Geesefs, MountS3, Native, Peer, Rclone, S3fs
 from .plots import plot
 from .report import Failure, Report, Sample, now, save, text_table
@@ -231,7 +232,7 @@ def turn(cold: Cold, cell: Cell, link: Link, number: int) -> Sample | Failure:
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--links", default="loopback,slow,constrained,tls,faults")
+    parser.add_argument("--links", default="", help="comma-separated (default: all that can be made)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mib", type=int, default=512, help="size of a model, 16 to 8192")
     parser.add_argument("--peers", default="", help="only these (default: all that are installed)")
@@ -240,6 +241,15 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds-max", type=float, default=36000, help="begin no round that would end later")
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args(argv)
+
+
+def links_of(given: str) -> tuple[list[str], list[str]]:
+    """Names of links, and lines about those that are left out. What was asked for by name is never left out."""
+    if given:
+        return given.split(","), []
+    made = [name for name, plan in PLANS.items() if os.geteuid() == 0 or not plan.total_mbit_per_s]
+    left_out = [name for name in PLANS if name not in made]
+    return made, [f"skipped: the {name} link: it needs root (network namespace)" for name in left_out]
 
 
 def stop_once(number: int, frame: FrameType | None) -> NoReturn:
@@ -254,9 +264,10 @@ def main() -> int:
     for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(one, stop_once)
     work = Path(tempfile.mkdtemp(prefix="cachefs-bench-"))
-    names = arguments.links.split(",")
+    names, left_out = links_of(arguments.links)
     try:
         plan, missing = available(cells(arguments.matrix, names, arguments.peers, arguments.workloads))
+        missing += left_out
         for line in missing:
             print(f"cold: {line}", flush=True)
         report = run(plan, names, arguments, work, missing)

@@ -9,6 +9,13 @@ import msgspec
 from .report import Report, chosen, names
 
 COLUMNS_MAX = 4
+BYTES_MIN = 2**20
+
+
+def plotted(report: Report) -> list[str]:
+    """The workloads whose speed says something: not those that read one page."""
+    read = {sample.workload: sample.bytes for sample in report.samples}
+    return [workload for workload in names(report, "workload") if read[workload] > BYTES_MIN]
 
 
 def plot(report: Report, target: Path) -> None:
@@ -19,7 +26,9 @@ def plot(report: Report, target: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    workloads, peers = names(report, "workload"), names(report, "peer")
+    workloads = plotted(report)
+    if not workloads:
+        return
     columns = min(COLUMNS_MAX, len(workloads))
     rows = -(-len(workloads) // columns)
     size = (2.4 * columns + 1.6, 3.6 * rows)
@@ -27,10 +36,9 @@ def plot(report: Report, target: Path) -> None:
     for axis in axes.flat[len(workloads) :]:
         axis.set_visible(False)
     for axis, workload in zip(axes.flat, workloads, strict=False):
+        peers = [peer for peer in names(report, "peer") if chosen(report, peer, workload)]
         for position, peer in enumerate(peers):
             speeds = [sample.gb_per_s for sample in chosen(report, peer, workload)]
-            if not speeds:
-                continue
             median = statistics.median(speeds)
             whiskers = [[median - min(speeds)], [max(speeds) - median]]
             color = "#1b6ca8" if peer == "cachefs" else "#9aa5b1"

@@ -33,7 +33,8 @@ class Sample(msgspec.Struct, frozen=True):
 
     @property
     def cpu_seconds_per_gib(self) -> float | None:
-        return None if self.cpu_seconds is None else self.cpu_seconds / (self.bytes / 2**30)
+        """None for a read of some pages too: that ratio says nothing."""
+        return None if self.cpu_seconds is None or self.bytes < 2**20 else self.cpu_seconds / (self.bytes / 2**30)
 
     @property
     def fetched_per_needed(self) -> float | None:
