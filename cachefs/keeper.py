@@ -22,7 +22,7 @@ import msgspec
 from cachefs.config import credentials_fd, decode
 from cachefs.errors import CachefsError, StateBusy, UsageError, WorkFailed
 from cachefs.kernel import mounts, wire
-from cachefs.kernel.backing import BackingRefused, Backings, trusted_program
+from cachefs.kernel.backing import Backings, trusted_program
 from cachefs.kernel.newmount import hold_lock, mount, serving_descriptor, warn_about_timeouts
 from cachefs.kernel.process import how_it_ended, kill, log, open_server_log, peer_credentials, python_command, spawn
 from cachefs.kernel.session import (
@@ -36,7 +36,7 @@ from cachefs.kernel.session import (
     unpack_session,
     unpack_volumes,
 )
-from cachefs.kernel.supervised import Server
+from cachefs.kernel.supervised import Server, close_backing, register_backing
 
 LOCK_TIMEOUT_S = 10.0
 LOOP_S = 1.0
@@ -386,9 +386,9 @@ class Keeper:
                 server.failure, server.failure_code = message.text or "the server failed", message.exit_code
                 log(f"server {server.pid} failed: {message.text}")
             case "register":
-                server.send(self._register(server, message, descriptors))
+                server.send(register_backing(self._backings, server.pid, server.uid, message, descriptors))
             case "close":
-                self._close_backing(message.backing_id)
+                close_backing(self._backings, message.backing_id)
                 server.send(Message("closed", request=message.request))
             case "volumes":
                 self._set_volumes(server, descriptors)
@@ -399,30 +399,6 @@ class Keeper:
                 self._upgrade(server, message)
             case _:
                 log(f"server {server.pid} sent {message.kind!r}, which is not a server's to say")
-
-    def _register(self, server: Server, message: Message, descriptors: list[int]) -> Message:
-        try:
-            if len(descriptors) != 1:
-                raise BackingRefused(f"{len(descriptors)} descriptors")
-            known = self._backings.register(message.node, descriptors[0], message.object_key, uid=server.uid)
-        except BackingRefused as exc:
-            log(f"refused a backing file of server {server.pid}: {exc}")
-            return Message("refused", request=message.request, text=f"the keeper refused the file: {exc}")
-        except OSError as exc:
-            return Message("refused", request=message.request, text=f"the kernel refused the file: {exc.strerror}")
-        return Message(
-            "registered",
-            request=message.request,
-            backing_id=known.backing_id,
-            device=known.device,
-            inode=known.inode,
-        )
-
-    def _close_backing(self, backing_id: int) -> None:
-        try:
-            self._backings.close(backing_id)
-        except OSError as exc:
-            log(f"cannot close backing file {backing_id}: {exc.strerror}")
 
     def _set_volumes(self, server: Server, descriptors: list[int]) -> None:
         """Only the volumes: what a server says never changes which directory its backing files must lie in."""

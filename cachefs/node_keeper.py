@@ -27,7 +27,7 @@ from cachefs.config import MountConfig, ServerConfig
 from cachefs.errors import CachefsError, StateBusy, UsageError
 from cachefs.kernel import mounts, wire
 from cachefs.kernel.adopt import OfferRefused, check_device, check_ledger, check_memory
-from cachefs.kernel.backing import BACKINGS_MAX, BackingRefused, Backings
+from cachefs.kernel.backing import BACKINGS_MAX, Backings
 from cachefs.kernel.newmount import mount, serving_descriptor, warn_about_timeouts
 from cachefs.kernel.process import log, peer_credentials
 from cachefs.kernel.session import (
@@ -39,6 +39,7 @@ from cachefs.kernel.session import (
     send_message,
     unpack_session,
 )
+from cachefs.kernel.supervised import close_backing, register_backing
 
 ROOT_NAME, RUN_NAME, CACHE_NAME = "root", "run", "cache"
 SOCKET_NAME = "keeper.sock"
@@ -241,9 +242,11 @@ class NodeKeeper:
         elif message.kind == "ready":
             log(f"server {client.pid} is ready after {time.monotonic() - client.since_s:.2f} s")
         elif message.kind == "register":
-            client.send(self._register(client, message, descriptors))
+            assert self._backings is not None  # who has the session came after them
+            client.send(register_backing(self._backings, client.pid, client.uid, message, descriptors))
         elif message.kind == "close":
-            self._close_backing(message.backing_id)
+            assert self._backings is not None
+            close_backing(self._backings, message.backing_id)
             client.send(Message("closed", request=message.request))
         elif message.kind == "failed":
             log(f"server {client.pid} failed: {message.text}")
@@ -332,32 +335,6 @@ class NodeKeeper:
                 log(f"server {client.pid} has the session (generation {session.generation})")
         finally:
             close_all([memory_fd, serving_fd])
-
-    def _register(self, client: _Client, message: Message, descriptors: list[int]) -> Message:
-        assert self._backings is not None
-        try:
-            if len(descriptors) != 1:
-                raise BackingRefused(f"{len(descriptors)} descriptors")
-            known = self._backings.register(message.node, descriptors[0], message.object_key, uid=client.uid)
-        except BackingRefused as exc:
-            log(f"refused a backing file of server {client.pid}: {exc}")
-            return Message("refused", request=message.request, text=f"the keeper refused the file: {exc}")
-        except OSError as exc:
-            return Message("refused", request=message.request, text=f"the kernel refused the file: {exc.strerror}")
-        return Message(
-            "registered",
-            request=message.request,
-            backing_id=known.backing_id,
-            device=known.device,
-            inode=known.inode,
-        )
-
-    def _close_backing(self, backing_id: int) -> None:
-        assert self._backings is not None
-        try:
-            self._backings.close(backing_id)
-        except OSError as exc:
-            log(f"cannot close backing file {backing_id}: {exc.strerror}")
 
 
 def prepare(node_dir: Path, server_uid: int) -> None:
