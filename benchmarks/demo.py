@@ -25,7 +25,7 @@ from rich.table import Table
 
 from tests.support.s3 import SeaweedServer
 
-from .harness import BenchError, cachefs_command, free_port, is_mounted, metric_sum, read_metrics, unmount
+from .harness import BenchError, free_port, is_mounted, metric_sum, read_metrics, run_cachefs, unmount
 
 BUCKET = "models"
 PREFIX = "minilm"
@@ -57,28 +57,12 @@ class Cachefs:
 
     def run(self, *arguments: str) -> str:
         """Standard output of `cachefs ARGUMENTS`; raises DemoFailed with what it said."""
-        command = [*cachefs_command(), *arguments, "--state-dir", str(self._state)]
-        # A session of its own: Ctrl-C ends the demo, which then lets a mount that is under way come up and unmounts it.
-        process = subprocess.Popen(
-            command,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
         try:
-            out, err = process.communicate(timeout=STEP_SECONDS_MAX)
-        except BaseException:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=30)
-            process.kill()
-            raise
-        if process.returncode != 0:
-            said = (err or out).strip()
-            raise DemoFailed(f"`cachefs {' '.join(arguments)}` ended with {process.returncode}: {said}")
-        return out
+            return run_cachefs(
+                *arguments, state=self._state, environment=self._environment, seconds_max=STEP_SECONDS_MAX
+            )
+        except BenchError as exc:
+            raise DemoFailed(str(exc)) from exc
 
     @contextmanager
     def mounted(self) -> Iterator[float]:

@@ -58,6 +58,32 @@ def cachefs_command() -> list[str]:
     return [str(installed)] if installed.exists() else [sys.executable, "-c", "from cachefs.cli import main; main()"]
 
 
+def run_cachefs(*arguments: str, state: Path, environment: dict[str, str], seconds_max: float) -> str:
+    """Standard output of `cachefs ARGUMENTS --state-dir STATE`; raises BenchError with what it said.
+
+    In a session of its own: Ctrl-C ends the caller, which lets a mount that is under way come up and unmounts it.
+    """
+    process = subprocess.Popen(
+        [*cachefs_command(), *arguments, "--state-dir", str(state)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=seconds_max)
+    except BaseException:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=30)
+        process.kill()
+        raise
+    if process.returncode != 0:
+        raise BenchError(f"`cachefs {' '.join(arguments)}` ended with {process.returncode}: {(err or out).strip()}")
+    return out
+
+
 def is_mounted(path: Path) -> bool:
     """Whether something is mounted exactly there. Asks the kernel's table: the mount itself may not answer."""
     wanted = str(path)

@@ -1,6 +1,5 @@
 """The file systems that are compared, each behind the same four verbs."""
 
-import contextlib
 import json
 import os
 import subprocess
@@ -13,13 +12,13 @@ from .harness import (
     BUCKET,
     BenchError,
     Target,
-    cachefs_command,
     descendants,
     free_port,
     is_mounted,
     metric_sum,
     program,
     read_metrics,
+    run_cachefs,
     unmount,
     wait_for,
 )
@@ -91,27 +90,9 @@ class Cachefs:
         self._metrics = ""
 
     def _run(self, *arguments: str) -> str:
-        command = [*cachefs_command(), *arguments, "--state-dir", str(self._state)]
-        # A session of its own: after Ctrl-C a mount that is under way comes up, and stop() finds and unmounts it.
-        process = subprocess.Popen(
-            command,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
+        return run_cachefs(
+            *arguments, state=self._state, environment=self._environment, seconds_max=COMMAND_SECONDS_MAX
         )
-        try:
-            out, err = process.communicate(timeout=COMMAND_SECONDS_MAX)
-        except BaseException:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=30)
-            process.kill()
-            raise
-        if process.returncode != 0:
-            raise BenchError(f"`cachefs {' '.join(arguments)}`: {err.strip() or out.strip()}")
-        return out
 
     def start(self, work: Path, server: S3Server) -> Path:
         self._state = work / "state"
