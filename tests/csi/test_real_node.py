@@ -13,6 +13,8 @@ import pytest
 
 from tests.csi.support import Kubelet, NodeUnderTest, poll, tool
 from tests.csi.test_containers import container_config
+from tests.csi.test_grpcurl import IMPLEMENTED, check_rpc, methods
+from tests.csi.test_sanity import run_sanity
 from tests.mount.harness import needs_fuse
 from tests.mount.node_support import SERVER_UID, Node, running_node
 from tests.support.s3 import SeaweedServer
@@ -234,3 +236,30 @@ def test_publishes_and_unpublishes_survive_a_server_that_keeps_dying(cluster: Cl
             cluster.real.kill_server()
         list(done)
     node.assert_clean()
+
+
+@pytest.mark.timeout(300)
+def test_csi_sanity_passes_in_full(cluster: Cluster, tmp_path: Path) -> None:
+    attributes = cluster.attributes("llama-0")
+    (tmp_path / "parameters.yaml").write_text("".join(f"{name}: {value}\n" for name, value in attributes.items()))
+    secrets = "".join(f"  {name}: {value}\n" for name, value in cluster.secrets.items())
+    (tmp_path / "secrets.yaml").write_text(f"NodePublishVolumeSecret:\n{secrets}")
+    run_sanity(cluster.node, tmp_path)
+    # It did come to the server and the store.
+    assert "published s3://csi-models/llama-0" in cluster.real.log("server.log")
+    for text in (cluster.node.log.read_text(), cluster.real.log("server.log"), cluster.real.log("keeper.log")):
+        assert cluster.s3.secret_key not in text
+
+
+@pytest.mark.timeout(300)
+def test_grpcurl_with_empty_and_hostile_fields(cluster: Cluster) -> None:
+    for service, method, message in methods():
+        if method in IMPLEMENTED:
+            check_rpc(cluster.node, service, method, message)
+    logs = (cluster.node.log.read_text(), cluster.real.log("server.log"), cluster.real.log("keeper.log"))
+    assert not any("Traceback" in text for text in logs)
+    kubelet = cluster.node.kubelet()
+    target = cluster.publish(kubelet, "pod-1", "llama-1")
+    assert (target / "model.safetensors").read_bytes() == MODELS["llama-1"]
+    kubelet.unpublish("vol-pod-1", target)
+    cluster.node.assert_clean()
