@@ -193,6 +193,12 @@ def test_another_principals_secret_is_not_enough(cluster: Cluster) -> None:
     with pytest.raises(grpc.RpcError, match=r"PERMISSION_DENIED|UNAUTHENTICATED"):
         kubelet.publish("vol-2", place, attributes=cluster.attributes("llama-0"), secrets=wrong, namespace="team-b")
     assert not place.exists()
+    # Nor is a name: the same namespace, service account and key id, listed a moment ago with the right secret.
+    with pytest.raises(grpc.RpcError, match=r"PERMISSION_DENIED|UNAUTHENTICATED"):
+        kubelet.publish("vol-2", place, attributes=cluster.attributes("llama-0"), secrets=wrong, namespace="team-a")
+    assert not place.exists()
+    assert (target / "config.json").read_bytes() == b"{}"
+    assert not kubelet.stats("vol-pod-1", target).volume_condition.abnormal
     assert "PLANTED" not in cluster.real.log("server.log") + node.log.read_text()
     kubelet.unpublish("vol-2", place)
     kubelet.unpublish("vol-pod-1", target)
@@ -262,4 +268,31 @@ def test_grpcurl_with_empty_and_hostile_fields(cluster: Cluster) -> None:
     target = cluster.publish(kubelet, "pod-1", "llama-1")
     assert (target / "model.safetensors").read_bytes() == MODELS["llama-1"]
     kubelet.unpublish("vol-pod-1", target)
+    cluster.node.assert_clean()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "secrets", "named"),
+    [
+        ({"uri": "hf://org/model", "revision": "main"}, {"HF_TOKEN": "PLANTED-token"}, "hf://"),
+        ({"uri": "gs://bucket/model"}, {}, "gs://"),
+        ({"uri": "s3://csi-models/llama-0", "revision": "main"}, {}, "revision"),
+        ({"uri": "s3://csi-models/llama-0", "endpoint": "http://127.0.0.1:1"}, {}, "--allow-endpoint"),
+        ({"uri": "s3://csi-models/llama-0", "endpoint": "http://2852039166"}, {}, "link-local"),
+        ({"uri": "s3://csi-models/llama-0", "region": "127.0.0.1:1/"}, {}, "region"),
+    ],
+)
+def test_what_cannot_be_mounted_is_refused_by_name(
+    cluster: Cluster, attributes: dict[str, str], secrets: dict[str, str], named: str
+) -> None:
+    kubelet = cluster.node.kubelet()
+    target = kubelet.target("pod-1")
+    for ephemeral in (False, True):
+        with pytest.raises(grpc.RpcError) as caught:
+            kubelet.publish("vol-1", target, attributes=attributes, secrets=secrets, ephemeral=ephemeral)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert named in caught.value.details()
+        assert "PLANTED" not in caught.value.details()
+        assert not target.exists()
+    kubelet.unpublish("vol-1", target)
     cluster.node.assert_clean()
