@@ -45,8 +45,8 @@ def _is_stderr(path: Path) -> bool:
 
 
 def one_line(logger: object, name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """A processor: control characters in the message are escaped. A key of a bucket may be `x\\n2026-01-01 [error] ...`,
-    and messages name keys."""
+    """A processor: control characters in the message are escaped. Messages name keys, and a bucket's owner may call one
+    `x\\n2026-01-01 [error] ...`."""
     text = event.get("event")
     if isinstance(text, str) and not text.isprintable():
         event["event"] = "".join(

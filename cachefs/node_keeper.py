@@ -246,7 +246,7 @@ class NodeKeeper:
             self._close_backing(message.backing_id)
             client.send(Message("closed", request=message.request))
         elif message.kind == "failed":
-            log(f"server {client.pid} failed: {message.text}")
+            log(f"server {client.pid} failed: {message.text[:500]!r}")
         elif message.kind == "upgrade":
             text = "in node mode the server is upgraded by starting another one"
             client.send(Message("refused", request=message.request, text=text))
