@@ -7,6 +7,7 @@ import logging
 import logging.handlers
 import os
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Literal
 
@@ -43,6 +44,18 @@ def _is_stderr(path: Path) -> bool:
     return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
 
 
+def one_line(logger: object, name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """A processor: control characters in the message are escaped. Messages name keys, and a bucket's owner may call one
+    `x\\n2026-01-01 [error] ...`."""
+    text = event.get("event")
+    if isinstance(text, str) and not text.isprintable():
+        event["event"] = "".join(
+            char if char.isprintable() or unicodedata.category(char) == "Zs" else char.encode("unicode_escape").decode()
+            for char in text
+        )
+    return event
+
+
 def set_up(state_dir: Path, level: str, form: Literal["text", "json"]) -> None:
     """Log to stderr. In the background (stderr is STATE/log/server.log) rotate that file: 3 files of 10 MiB."""
     path = state_dir / "log" / LOG_NAME
@@ -51,6 +64,7 @@ def set_up(state_dir: Path, level: str, form: Literal["text", "json"]) -> None:
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         structlog.stdlib.ExtraAdder(),
+        one_line,
         structlog.processors.TimeStamper(fmt="iso", utc=form == "json"),
     ]
     last: structlog.typing.Processor = (

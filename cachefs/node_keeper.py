@@ -249,7 +249,7 @@ class NodeKeeper:
             close_backing(self._backings, message.backing_id)
             client.send(Message("closed", request=message.request))
         elif message.kind == "failed":
-            log(f"server {client.pid} failed: {message.text}")
+            log(f"server {client.pid} failed: {message.text[:500]!r}")
         elif message.kind == "upgrade":
             text = "in node mode the server is upgraded by starting another one"
             client.send(Message("refused", request=message.request, text=text))

@@ -128,6 +128,8 @@ class Publications:
                         return {"root": await self._publish_new(request)}
                 except trio.TooSlowError as exc:
                     raise StoreTimeout(f"{request.source}: no answer within {PUBLISH_DEADLINE_S:.0f} s") from exc
+            if not known.shows(request):
+                raise UsageError("the key is published with other options: unpublish it first")
             if request.credentials.kind == known.kind:
                 await self._give(request.key, request.credentials)
             else:

@@ -38,6 +38,12 @@ class Publication(msgspec.Struct, frozen=True, kw_only=True):
     gone: bool = False
     """Unpublished, but files are open: shown until they are closed."""
 
+    def shows(self, request: "Request") -> bool:
+        """Whether this is what `request` asks for. Who asks is not compared: keys and tokens are rotated."""
+        names = ("source", "endpoint_url", "region", "include", "exclude", "layout")
+        same = all(getattr(self, name) == getattr(request, name) for name in names)
+        return same and (self.isolation != "") == (request.isolation == "strict")
+
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     key: str

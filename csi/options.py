@@ -7,6 +7,7 @@ an ephemeral inline volume is written by whoever may create a pod and is not tru
 import ipaddress
 import re
 import socket
+import unicodedata
 from collections.abc import Mapping
 from typing import Literal
 from urllib.parse import SplitResult, urlsplit
@@ -39,6 +40,8 @@ EPHEMERAL_REFUSED = frozenset({"pin"})
 """A tenant's pod must not take cache space from others for good."""
 SCHEMES = ("s3", "gs", "az", "hf", "https")
 VALUE_CHARS_MAX = 4096
+INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode's control, format (bidirectional overrides), surrogate and line ends: they forge what a log shows."""
 GLOBS_MAX = 64
 LINK_LOCAL_NAMES = frozenset({"metadata", "metadata.google.internal", "instance-data", "instance-data.ec2.internal"})
 METADATA_ADDRESSES = frozenset({ipaddress.ip_address("fd00:ec2::254"), ipaddress.ip_address("168.63.129.16")})
@@ -97,7 +100,7 @@ def plain_options(context: Mapping[str, str]) -> dict[str, str]:
         names = ", ".join(printable(name) for name in unknown[:8])
         raise BadRequest(f"unknown option: {names} (known: {', '.join(OPTIONS)})")
     for name, value in plain.items():
-        if len(value) > VALUE_CHARS_MAX or any(ord(char) < 32 or ord(char) == 127 for char in value):
+        if len(value) > VALUE_CHARS_MAX or any(unicodedata.category(char) in INVISIBLE for char in value):
             raise BadRequest(f"option {name}: too long, or a control character in it")
     return plain
 

@@ -81,6 +81,10 @@ class Publisher:
             if record is not None and record.state != "leaving" and self._is_mounted(record):
                 self._republish(record, digest, request)
                 return
+            if record is not None and record.state == "leaving":
+                # The server may still know the key, and a key that it knows gets its view without a listing: with
+                # credentials that were withdrawn meanwhile.
+                self._server.volume_unpublish(key)
             self._publish_new(key, target, digest, request)
 
     def _is_mounted(self, record: Publication) -> bool:

@@ -232,3 +232,43 @@ def test_views_of_one_model_with_other_principals_are_apart(node: NodeUnderTest,
     assert result is Code.PERMISSION_DENIED
     assert not Path(refused).exists()
     assert (allowed / MODEL).exists()
+
+
+def test_credentials_that_were_withdrawn_get_no_view_of_before(node: NodeUnderTest, kubelet: Kubelet) -> None:
+    target = kubelet.target("pod-1")
+    attributes = {"uri": "s3://denied/model"}
+    good = {"AWS_ACCESS_KEY_ID": "AKIAGOOD", "AWS_SECRET_ACCESS_KEY": "secret"}
+    kubelet.publish("vol-1", target, attributes=attributes, secrets=good)
+    node.kill_server()
+    kubelet.unpublish("vol-1", target)  # the server is told later
+    assert len(node.records()) == 1
+    node.start_server()
+    bad = {**good, "AWS_ACCESS_KEY_ID": "AKIABAD"}
+    refused = code(lambda: kubelet.publish("vol-1", target, attributes=attributes, secrets=bad))
+    assert refused is Code.PERMISSION_DENIED
+    assert not target.exists()
+    kubelet.publish("vol-1", target, attributes=attributes, secrets=good)
+    kubelet.unpublish("vol-1", target)
+    node.assert_clean()
+
+
+def test_a_record_of_another_recipe_is_taken_as_the_same_and_brought_up_to_date(
+    node: NodeUnderTest, kubelet: Kubelet
+) -> None:
+    """An upgraded driver cannot compare digests that it did not make: a running pod's republish must not fail."""
+    target = kubelet.target("pod-1")
+    kubelet.publish("vol-1", target)
+    assert node.stop_driver() == 0
+    (name,) = node.records()
+    path = node.state_dir / "publications" / name
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps({**written, "recipe": written["recipe"] + 1, "digest": "0" * 64}))
+    node.start_driver()
+    mounted = node.mounts()
+    kubelet.publish("vol-1", target)
+    assert node.mounts() == mounted
+    assert json.loads(path.read_text()) == written
+    other = code(lambda: kubelet.publish("vol-1", target, attributes={"uri": "s3://models/other"}))
+    assert other is Code.ALREADY_EXISTS
+    kubelet.unpublish("vol-1", target)
+    node.assert_clean()

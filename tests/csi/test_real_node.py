@@ -13,6 +13,8 @@ import pytest
 
 from tests.csi.support import Kubelet, NodeUnderTest, poll, tool
 from tests.csi.test_containers import container_config
+from tests.csi.test_grpcurl import IMPLEMENTED, check_rpc, methods
+from tests.csi.test_sanity import run_sanity
 from tests.mount.harness import needs_fuse
 from tests.mount.node_support import SERVER_UID, Node, running_node
 from tests.support.s3 import SeaweedServer
@@ -191,6 +193,12 @@ def test_another_principals_secret_is_not_enough(cluster: Cluster) -> None:
     with pytest.raises(grpc.RpcError, match=r"PERMISSION_DENIED|UNAUTHENTICATED"):
         kubelet.publish("vol-2", place, attributes=cluster.attributes("llama-0"), secrets=wrong, namespace="team-b")
     assert not place.exists()
+    # Nor is a name: the same namespace, service account and key id, listed a moment ago with the right secret.
+    with pytest.raises(grpc.RpcError, match=r"PERMISSION_DENIED|UNAUTHENTICATED"):
+        kubelet.publish("vol-2", place, attributes=cluster.attributes("llama-0"), secrets=wrong, namespace="team-a")
+    assert not place.exists()
+    assert (target / "config.json").read_bytes() == b"{}"
+    assert not kubelet.stats("vol-pod-1", target).volume_condition.abnormal
     assert "PLANTED" not in cluster.real.log("server.log") + node.log.read_text()
     kubelet.unpublish("vol-2", place)
     kubelet.unpublish("vol-pod-1", target)
@@ -234,3 +242,57 @@ def test_publishes_and_unpublishes_survive_a_server_that_keeps_dying(cluster: Cl
             cluster.real.kill_server()
         list(done)
     node.assert_clean()
+
+
+@pytest.mark.timeout(300)
+def test_csi_sanity_passes_in_full(cluster: Cluster, tmp_path: Path) -> None:
+    attributes = cluster.attributes("llama-0")
+    (tmp_path / "parameters.yaml").write_text("".join(f"{name}: {value}\n" for name, value in attributes.items()))
+    secrets = "".join(f"  {name}: {value}\n" for name, value in cluster.secrets.items())
+    (tmp_path / "secrets.yaml").write_text(f"NodePublishVolumeSecret:\n{secrets}")
+    run_sanity(cluster.node, tmp_path)
+    # It did come to the server and the store.
+    assert "published s3://csi-models/llama-0" in cluster.real.log("server.log")
+    for text in (cluster.node.log.read_text(), cluster.real.log("server.log"), cluster.real.log("keeper.log")):
+        assert cluster.s3.secret_key not in text
+
+
+@pytest.mark.timeout(300)
+def test_grpcurl_with_empty_and_hostile_fields(cluster: Cluster) -> None:
+    for service, method, message in methods():
+        if method in IMPLEMENTED:
+            check_rpc(cluster.node, service, method, message)
+    logs = (cluster.node.log.read_text(), cluster.real.log("server.log"), cluster.real.log("keeper.log"))
+    assert not any("Traceback" in text for text in logs)
+    kubelet = cluster.node.kubelet()
+    target = cluster.publish(kubelet, "pod-1", "llama-1")
+    assert (target / "model.safetensors").read_bytes() == MODELS["llama-1"]
+    kubelet.unpublish("vol-pod-1", target)
+    cluster.node.assert_clean()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "secrets", "named"),
+    [
+        ({"uri": "hf://org/model", "revision": "main"}, {"HF_TOKEN": "PLANTED-token"}, "hf://"),
+        ({"uri": "gs://bucket/model"}, {}, "gs://"),
+        ({"uri": "s3://csi-models/llama-0", "revision": "main"}, {}, "revision"),
+        ({"uri": "s3://csi-models/llama-0", "endpoint": "http://127.0.0.1:1"}, {}, "--allow-endpoint"),
+        ({"uri": "s3://csi-models/llama-0", "endpoint": "http://2852039166"}, {}, "link-local"),
+        ({"uri": "s3://csi-models/llama-0", "region": "127.0.0.1:1/"}, {}, "region"),
+    ],
+)
+def test_what_cannot_be_mounted_is_refused_by_name(
+    cluster: Cluster, attributes: dict[str, str], secrets: dict[str, str], named: str
+) -> None:
+    kubelet = cluster.node.kubelet()
+    target = kubelet.target("pod-1")
+    for ephemeral in (False, True):
+        with pytest.raises(grpc.RpcError) as caught:
+            kubelet.publish("vol-1", target, attributes=attributes, secrets=secrets, ephemeral=ephemeral)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert named in caught.value.details()
+        assert "PLANTED" not in caught.value.details()
+        assert not target.exists()
+    kubelet.unpublish("vol-1", target)
+    cluster.node.assert_clean()

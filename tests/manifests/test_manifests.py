@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from cachefs.config import NodeConfig, ServerConfig
+from cachefs.errors import UsageError
+from cachefs.node_policy import volume_location
 from csi import DRIVER_NAME
 from csi.__main__ import parser
 from csi.controller import volume_context
@@ -211,6 +214,43 @@ def test_storage_classes_make_volumes_that_the_driver_takes() -> None:
         assert storage_class["provisioner"] == DRIVER_NAME
         context = volume_context({**storage_class["parameters"], **metadata})
         assert "$" not in parse_options("cachefs-1", context, Policy()).source
+
+
+def server_takes(context: Document, documents: list[Document]) -> None:
+    """Raises UsageError unless the server of these manifests mounts such a volume."""
+    (args,) = [spec["containers"][0]["args"] for component, spec in pods(documents) if component == "server"]
+    allowed = tuple(arg.partition("=")[2] for arg in args if arg.startswith("--allow-endpoint="))
+    server = ServerConfig(state_dir=Path("/cache"), runtime_dir=Path("/run"), cache_bytes_max=0)
+    node = NodeConfig(server=server, keeper_socket=Path("/run/keeper.sock"), allow_endpoints=allowed)
+    volume_location(context["uri"], context.get("endpoint"), context.get("region"), node)
+
+
+def test_volumes_of_classes_and_examples_are_mounted_by_the_server(rendered: list[Document]) -> None:
+    for storage_class in kind(rendered, "StorageClass"):
+        server_takes(storage_class["parameters"], rendered)
+    for path in EXAMPLES:
+        for document in load(path.read_text()):
+            for volume in csi_volumes(document):
+                server_takes(volume["volumeAttributes"], rendered)
+            if document["kind"] == "StorageClass":
+                server_takes(document["parameters"], rendered)
+    for refused in ({"uri": "hf://org/model"}, {"uri": "s3://models/x", "endpoint": "https://elsewhere"}):
+        with pytest.raises(UsageError):
+            server_takes(refused, rendered)
+
+
+def test_manifests_and_flags_that_the_documents_name_exist() -> None:
+    for name in ("kubernetes.md", "security.md", "upgrade.md"):
+        text = (REPOSITORY / "docs" / name).read_text()
+        for path in re.findall(r"manifests/[\w/-]+(?:\.yaml)?", text):
+            assert (REPOSITORY / path).exists(), path
+        for path in re.findall(r"`([\w-]+\.yaml)`", text):
+            assert (MANIFESTS / "examples" / path).exists(), path
+        for component in re.findall(r"`(components/[\w-]+)`", text):
+            assert (MANIFESTS / component / "kustomization.yaml").exists(), component
+        objects = {(d["kind"].lower(), d["metadata"]["name"]) for d in render(MANIFESTS / "base")}
+        for sort, found in re.findall(r"(daemonset|deployment)/([\w-]+)", text):
+            assert (sort, found) in objects, found
 
 
 def csi_volumes(document: Any) -> list[Document]:

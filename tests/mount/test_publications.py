@@ -66,6 +66,19 @@ def test_a_known_view_is_published_again_at_once_and_without_a_request(node: Nod
     assert origin.requests == ()
 
 
+def test_a_known_key_with_other_options_is_refused_until_it_is_unpublished(node: Node) -> None:
+    options = {"principal": "ns/sa", "prefetch": "none"}
+    first = node.publish("pod", "s3://models/llama", GOOD, **options)
+    assert node.publish("pod", "s3://models/llama", static("AKIAROTATED", "x"), **options) == first
+    for more in ({"include": ["*.json"]}, {"layout": "1"}, {"isolation": "strict"}, {"region": "eu-west-1"}):
+        with pytest.raises(Refused, match="other options"):
+            node.publish("pod", "s3://models/llama", GOOD, **options, **more)
+    with pytest.raises(Refused, match="other options"):
+        node.publish("pod", "s3://models/llama/onnx", GOOD, **options)
+    node.unpublish("pod")
+    assert names(node.publish("pod", "s3://models/llama/onnx", GOOD, **options)) == ["model.onnx"]
+
+
 def test_bytes_are_shared_by_content_and_access_is_not(tmp_path: Path) -> None:
     with HadroServer(tmp_path / "hadro") as s3:
         s3.put("models", "llama/model.safetensors", MODEL)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from cachefs import logs
 
 SCRIPT = """
@@ -53,6 +55,27 @@ def test_text_lines_have_no_colours(tmp_path: Path) -> None:
     assert "ZeroDivisionError" in text
     assert "not shown" not in text
     assert "\x1b" not in text
+
+
+FORGING = """
+import logging, sys
+from pathlib import Path
+from cachefs import logs
+logs.set_up(Path(sys.argv[1]), "info", sys.argv[2])
+logging.getLogger("cachefs.x").warning("no key %s", "a\\n2026-01-01 [error    ] forged\\x1b[2J\\u202e\\u2028 é 模型")
+"""
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_hostile_key_forges_no_line(tmp_path: Path, form: str) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-c", FORGING, str(tmp_path), form]
+    text = subprocess.run(command, env=env, check=True, capture_output=True).stderr.decode()
+    assert len(text.splitlines()) == 1
+    assert "forged" in text
+    assert not {"\x1b", "\u202e", "\u2028"} & set(text)
+    shown = json.loads(text)["event"] if form == "json" else text
+    assert "é 模型" in shown
 
 
 def test_rotation_keeps_three_files_and_stderr_follows(tmp_path: Path) -> None:
