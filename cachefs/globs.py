@@ -59,6 +59,8 @@ class _Pattern:
         segments = body.split("/")
         if len(segments) == 1 and not pattern.startswith("/"):
             segments.insert(0, "**")  # a name at any depth
+        # Several in a row are as one. Each step walks over all that follow: 1300 of them took 30 ms for each name.
+        segments = [part for at, part in enumerate(segments) if part != "**" or segments[at - 1 : at] != ["**"]]
         try:
             self._segments = [
                 None if segment == "**" else re.compile(_segment_regex(segment), re.DOTALL) for segment in segments

@@ -14,6 +14,8 @@ from cachefs.store.open import ca_file
 
 METADATA_NAMES = frozenset({"metadata", "metadata.google.internal", "instance-data", "instance-data.ec2.internal"})
 METADATA_ADDRESSES = frozenset({ipaddress.ip_address("fd00:ec2::254"), ipaddress.ip_address("168.63.129.16")})
+PARTITIONS_APART = ("cn-", "us-gov-", "us-iso", "eu-isoe-", "eusc-")
+"""How the regions of AWS begin that are not of its public partition."""
 REGION = re.compile(r"[a-z0-9-]{1,64}")
 
 
@@ -32,8 +34,10 @@ def volume_location(
     if endpoint_url is not None:
         endpoint = allowed_endpoint(endpoint_url, node.allow_endpoints)
     endpoint = aws.resolve_endpoint(endpoint, os.environ)
-    location = parse_location(source, endpoint)
     own_region = region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or aws.DEFAULT_REGION
+    # A bucket's name is one for all of AWS but these partitions, which have names, and owners, of their own.
+    apart = own_region.startswith(PARTITIONS_APART)
+    location = parse_location(source, endpoint or (aws_endpoint(own_region) if apart else None))
     endpoint = endpoint or aws_endpoint(own_region)
     return location, endpoint, ca_file(os.environ) if endpoint.startswith("https://") else None
 

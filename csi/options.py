@@ -43,6 +43,8 @@ VALUE_CHARS_MAX = 4096
 INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode's control, format (bidirectional overrides), surrogate and line ends: they forge what a log shows."""
 GLOBS_MAX = 64
+GLOB_SLASHES_MAX = 256
+"""In all patterns: each name of a listing is matched against them in the one server that all tenants have."""
 LINK_LOCAL_NAMES = frozenset({"metadata", "metadata.google.internal", "instance-data", "instance-data.ec2.internal"})
 METADATA_ADDRESSES = frozenset({ipaddress.ip_address("fd00:ec2::254"), ipaddress.ip_address("168.63.129.16")})
 INLINE_HANDLE = re.compile(r"csi-[0-9a-f]{64}")
@@ -232,6 +234,8 @@ def _globs(option: str, value: str) -> tuple[str, ...]:
     globs = tuple(item.strip() for item in value.split(",") if item.strip())
     if len(globs) > GLOBS_MAX:
         raise BadRequest(f"option {option}: more than {GLOBS_MAX} patterns")
+    if value.count("/") > GLOB_SLASHES_MAX:
+        raise BadRequest(f"option {option}: more than {GLOB_SLASHES_MAX} slashes in its patterns")
     return globs
 
 

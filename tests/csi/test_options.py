@@ -68,6 +68,7 @@ def test_all_options_of_a_persistent_volume() -> None:
         ({"uri": "s3://b/x", "layout": "subdirectory:.."}, "layout"),
         ({"uri": "s3://b/x", "layout": "subdirectory:a/b"}, "layout"),
         ({"uri": "s3://b/x", "include": "a," * 100}, "include"),
+        ({"uri": "s3://b/x", "exclude": "**/a/" * 200 + "b"}, "exclude"),
         ({"uri": "s3://b/x\n"}, "uri"),
         ({"uri": "s3://b/x\x9b2J"}, "uri"),
         ({"uri": "s3://b/x\u2028y"}, "uri"),

@@ -110,6 +110,18 @@ def test_many_stars_do_not_blow_up() -> None:
     assert time.monotonic() - started < 20
 
 
+def test_many_double_stars_in_a_row_are_as_one() -> None:
+    globs = Globs(include=["/".join(["**"] * 1300) + "/x"], exclude=["logs/**/**"])
+    started = time.monotonic()
+    for number in range(1000):
+        assert not globs.shows_file(f"a/b/{number}")
+    assert time.monotonic() - started < 20  # 90 s when each star is walked over
+    assert globs.shows_file("a/b/x")
+    assert globs.shows_file("x")
+    assert globs.shows_directory("logs")
+    assert not globs.shows_file("logs/a/x")
+
+
 _paths = st.lists(st.text("ab.*[]!?", min_size=1, max_size=4), min_size=1, max_size=4).map("/".join)
 
 
