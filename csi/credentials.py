@@ -1,7 +1,9 @@
 """Secrets and service account tokens -> what the server gets. They pass through: never stored, never logged."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
+from urllib.parse import quote
 
 import msgspec
 
@@ -43,10 +45,15 @@ class Credentials(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def secret_values(secrets: Mapping[str, str], context: Mapping[str, str]) -> tuple[str, ...]:
-    """Every string of a request that must not be seen in any output, longest first."""
+    """Every string of a request that must not be seen in any output, longest first; also as JSON, repr() and urls
+    write it (a key of AWS may hold `+` and `/`), and each line of it."""
     values = set(secrets.values()) | {value for name, value in context.items() if name == TOKENS_KEY}
     for text in tuple(values):
         values.update(_nested_tokens(text))
+    for text in tuple(values):
+        values.update(text.splitlines())
+        plain = text.encode(errors="replace").decode()
+        values.update((json.dumps(text)[1:-1], repr(text)[1:-1], quote(plain, safe=""), quote(plain)))
     return tuple(sorted((value for value in values if len(value) >= 4), key=len, reverse=True))
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
+from urllib.parse import quote
 
 import grpc
 
@@ -82,6 +83,17 @@ def test_fields_that_the_proto_marks_as_secret_are_not_shown() -> None:
     shown.append(repr(redacted(context)))
     assert all(PLANTED not in text for text in shown)
     assert "'volume_id': 'v'" in shown[-1]
+
+
+def test_a_secret_is_hidden_however_it_is_written() -> None:
+    secret = 'PLANTED+key/with "quotes"\nPLANTED second line é='
+    request = csi_pb2.NodePublishVolumeRequest(secrets={"key": secret, "none": "", "short": "ab"})
+    forms = (secret, json.dumps(secret), repr(secret), quote(secret), quote(secret, safe=""), secret.splitlines()[1])
+    for form in forms:
+        shown = hide_secrets(f"the store said about {form}: no", request)
+        assert "PLANTED" not in shown
+        assert shown.startswith("the store said about")
+        assert shown.endswith(": no")
 
 
 def test_credentials_do_not_show_themselves() -> None:
