@@ -126,6 +126,53 @@ def test_pods_go_on_while_driver_server_and_keeper_are_killed(cluster: Cluster) 
     node.assert_clean()
 
 
+def test_the_documented_order_of_an_upgrade_disturbs_no_pod(cluster: Cluster) -> None:
+    """Server, driver, keeper: each ends as on a rollout (SIGTERM) and another takes its place while a pod reads."""
+    node, real = cluster.node, cluster.real
+    kubelet = node.kubelet()
+    target = cluster.publish(kubelet, "pod-1", "llama-5")
+    model = target / "model.safetensors"
+    assert model.read_bytes() == MODELS["llama-5"]
+    rounds: list[int] = []
+    over = threading.Event()
+
+    def read_on() -> None:
+        while not over.is_set():
+            assert model.read_bytes() == MODELS["llama-5"]
+            rounds.append(len(rounds))
+
+    def reads_on() -> None:
+        before = len(rounds)
+        poll(lambda: len(rounds) > before + 1 or reader.done(), "the pod reads on")
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(read_on)
+        try:
+            reads_on()
+            real.stop_supervisor()
+            real.start_supervisor()
+            reads_on()
+            assert node.stop_driver() == 0
+            node.start_driver()
+            reads_on()
+            assert real.keeper is not None
+            before = real.takeovers()
+            real.keeper.terminate()
+            real.keeper.wait()
+            real.start_keeper()
+            poll(lambda: real.takeovers() > before, "the new keeper has the mount")
+            reads_on()
+        finally:
+            over.set()
+        reader.result()
+    cluster.publish(kubelet, "pod-1", "llama-5")  # the kubelet's next republish brings the credentials back
+    other = cluster.publish(kubelet, "pod-2", "llama-6")
+    assert (other / "model.safetensors").read_bytes() == MODELS["llama-6"]
+    for pod, place in (("pod-1", target), ("pod-2", other)):
+        kubelet.unpublish(f"vol-{pod}", place)
+    node.assert_clean()
+
+
 def test_a_container_of_uid_1000_reads_on_while_server_and_keeper_are_killed(cluster: Cluster) -> None:
     node, real = cluster.node, cluster.real
     runc = tool("runc")
