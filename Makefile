@@ -15,6 +15,7 @@ help:
 	@echo '                  bench-quick: some minutes, no figures to keep)'
 	@echo 'make bench-startup  first and second replica and a new node, against downloading before the start'
 	@echo 'make bench-warm   warm reads only'
+	@echo 'make test-image   the image as a root file system made by Debian tools, run under runc'
 	@echo 'make test-csi     csi-sanity, grpcurl and the tests of driver and manifests, with the tools they need'
 	@echo 'make clean        removes what these commands made, .venv included'
 
