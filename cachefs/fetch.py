@@ -279,13 +279,22 @@ class Fills:
 
     async def read_blob(self, cached: CachedObject, offset: int, view: memoryview) -> bytes | None:
         """Fill `view` from the blob in a thread; the digest of what was read, None if it was short or failed."""
+        return await self._in_blob(cached, lambda fd: _read_and_digest(fd, offset, view))
+
+    async def read_span(self, cached: CachedObject, offset: int, length: int) -> bytes | None:
+        """Bytes of the blob, read in a thread; None if there are fewer or the disk fails."""
+        data = await self._in_blob(cached, lambda fd: os.pread(fd, length, offset))
+        return data if data is not None and len(data) == length else None
+
+    async def _in_blob(self, cached: CachedObject, read: Callable[[int], bytes | None]) -> bytes | None:
+        """`read` with a descriptor of the blob, in a thread; None if there is no blob or the disk fails."""
         try:
             blob = self._blobs.files.acquire(cached.name)
         except OSError:
             await self._blob_is_gone(cached)
             return None
         try:
-            return await self._offload.disk(_read_and_digest, blob.fd, offset, view)
+            return await self._offload.disk(read, blob.fd)
         except OSError as exc:
             log.warning("reading the blob of %s failed: %s", cached.object_id.path, exc)
             return None
@@ -297,22 +306,6 @@ class Fills:
         if cached.dropping is None and cached.present:
             log.warning("the blob of %s is gone", cached.object_id.path)
             await self._space.drop(cached)
-
-    async def read_span(self, cached: CachedObject, offset: int, length: int) -> bytes | None:
-        """Bytes of the blob, read in a thread; None if there are fewer or the disk fails."""
-        try:
-            blob = self._blobs.files.acquire(cached.name)
-        except OSError:
-            await self._blob_is_gone(cached)
-            return None
-        try:
-            data = await self._offload.disk(os.pread, blob.fd, length, offset)
-        except OSError as exc:
-            log.warning("reading the blob of %s failed: %s", cached.object_id.path, exc)
-            return None
-        finally:
-            self._blobs.files.release(blob)
-        return data if len(data) == length else None
 
     # -- from the store
 

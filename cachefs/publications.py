@@ -385,13 +385,7 @@ class Publications:
                 self._remove_view(publication.view)
 
     def _open_views(self) -> set[str]:
-        views = set()
-        for entry in self._ledger.entries():
-            try:
-                views.add(self._tree.node(entry.inode).view)
-            except CachefsError:
-                continue
-        return views
+        return self._tree.views_of(entry.inode for entry in self._ledger.entries())
 
     def _apply(self, writes: Iterable[Write]) -> None:
         self._core.index.apply(list(writes), durable=True)

@@ -119,13 +119,7 @@ class Server:
 
     def _open_views(self) -> set[str]:
         """Volumes with files that are open: after a lazy unmount they are read to the end."""
-        views = set()
-        for entry in self._ledger.entries():
-            try:
-                views.add(self._tree.node(entry.inode).view)
-            except CachefsError:
-                continue
-        return views
+        return self._tree.views_of(entry.inode for entry in self._ledger.entries())
 
     # -- requests -------------------------------------------------------------------------------------------------
 

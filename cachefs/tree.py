@@ -8,7 +8,7 @@ only as long as somebody holds them: what they say can always be had again from 
 import functools
 import weakref
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import overload
 
 import msgspec
@@ -16,7 +16,7 @@ import trio
 
 from cachefs.chunk import ObjectId
 from cachefs.config import VolumeConfig
-from cachefs.errors import IsADirectory, NotADirectory, NotFound, StaleInode, UsageError
+from cachefs.errors import CachefsError, IsADirectory, NotADirectory, NotFound, StaleInode, UsageError
 from cachefs.flights import Flights
 from cachefs.index import Index
 from cachefs.inodes import ROOT_INODE, InodeRecord, Inodes, Wanted
@@ -181,6 +181,16 @@ class Tree:
         if record is None:
             raise NotFound(f"no inode {inode}")
         return self._node_of_record(inode, record)
+
+    def views_of(self, inodes: Iterable[int]) -> set[str]:
+        """The volumes that these inodes belong to; those of volumes that are gone are passed over."""
+        views = set()
+        for inode in inodes:
+            try:
+                views.add(self.node(inode).view)
+            except CachefsError:
+                continue
+        return views
 
     def _node_of_record(self, inode: int, record: InodeRecord) -> Node:
         volume = self._volumes.get(record.view)
