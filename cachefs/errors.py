@@ -57,9 +57,16 @@ class IntegrityError(CachefsError):
 
 
 class StoreUnavailable(CachefsError):
-    """A failure that may pass: no connection, 5xx, 429, a cut body. The caller may wait and ask again."""
+    """A failure that may pass: no connection, 5xx, 429, a cut body. The caller may wait and ask again.
+
+    `retry_after_s`: for how long the store itself asked to wait, None when it did not.
+    """
 
     errno = errno.EIO
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class StoreTimeout(CachefsError):

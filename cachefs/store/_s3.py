@@ -2,6 +2,8 @@
 
 import dataclasses
 import datetime
+import email.utils
+import random
 import re
 import time
 import xml.etree.ElementTree as ET
@@ -20,6 +22,7 @@ from cachefs.errors import (
     UsageError,
 )
 from cachefs.store import ListPage, ObjectInfo
+from cachefs.store._base import RangeStore
 
 BUCKET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 """More than AWS allows today: its oldest buckets and other makers' have capitals, underscores and 255 characters."""
@@ -199,8 +202,29 @@ def check_part(object_id: ObjectId, asked: tuple[int, int], got: tuple[int, int]
 # --- errors
 
 
+def retry_after_s(header: str | None, now_s: float) -> float | None:
+    """For how many seconds a Retry-After header (seconds, or a date; RFC 9110 10.2.3) asks to wait, None if for none.
+
+    `now_s`: seconds since 1970.
+    """
+    text = (header or "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - now_s)
+    except (ValueError, OverflowError):
+        return None
+
+
 def status_error(
-    status: int, code: str, *, bucket: str, what: str, region: str, actual_region: str | None
+    status: int,
+    code: str,
+    *,
+    bucket: str,
+    what: str,
+    region: str,
+    actual_region: str | None,
+    retry_after_s: float | None = None,
 ) -> CachefsError:
     """The error that an S3 answer means; `code` is the body's `Code` or "", `what` names the object or prefix."""
     detail = f"{status} {code}".strip()
@@ -220,13 +244,13 @@ def status_error(
             hint = "set this machine's clock"
         return AccessDenied(f"{what}: access denied ({detail}): {hint}")
     if status in (408, 429) or code in PASSING_CODES or (status >= 500 and status not in (501, 505)):
-        return StoreUnavailable(f"{what}: the store cannot answer now ({detail})")
+        return StoreUnavailable(f"{what}: the store cannot answer now ({detail})", retry_after_s=retry_after_s)
     if status in (301, 307) or code == "AuthorizationHeaderMalformed":
         return UsageError(f"bucket {bucket!r} is in another region than {region} ({detail}): give --region")
     return UsageError(f"{what}: the store refuses the request ({detail}): check --endpoint-url and --region")
 
 
-class S3Store:
+class S3Store(RangeStore):
     """The half of an S3 store that does not depend on the library: directories, identities, the probe."""
 
     def __init__(self, location: Location, list_timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -292,8 +316,9 @@ class S3Store:
                 page = self._list(prefix, delimiter=delimiter, token=token, limit=limit, timeout_s=left)
                 check_page(page, prefix, token, where)
                 return page
-            except StoreUnavailable:
-                pause = LIST_BACKOFF_S * 2**attempt
+            except StoreUnavailable as error:
+                # Half of it by chance: many that were refused together do not come back together.
+                pause = LIST_BACKOFF_S * 2**attempt * (0.5 + random.random() / 2) + (error.retry_after_s or 0.0)
                 if attempt == LIST_ATTEMPTS or self._clock() + pause >= end:
                     raise
             time.sleep(pause)

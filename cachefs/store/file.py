@@ -8,6 +8,7 @@ from pathlib import Path
 from cachefs.chunk import MIB, ObjectId
 from cachefs.errors import AccessDenied, IntegrityError, NotFound, ObjectChanged, StoreUnavailable, UsageError
 from cachefs.store import ListPage, ObjectInfo
+from cachefs.store._base import RangeStore
 
 PIECE_BYTES = MIB
 PAGE_ENTRIES = 1000
@@ -17,7 +18,7 @@ def _version(status: os.stat_result) -> str:
     return f"{status.st_mtime_ns:x}-{status.st_size:x}-{status.st_ino:x}"
 
 
-class FileStore:
+class FileStore(RangeStore):
     """Symbolic links are followed as long as they end inside the root; others are left out.
 
     So is one to a directory that one is in already: the tree would have no end.
@@ -103,16 +104,10 @@ class FileStore:
         """See Store."""
         return ObjectId(self.identity, info.path, info.size, info.version)
 
-    def fetch_into(
-        self,
-        buffer: memoryview,
-        object_id: ObjectId,
-        start: int,
-        stop: int,
-        progress: Callable[[int], None],
+    def _fetch_range(
+        self, buffer: memoryview, object_id: ObjectId, start: int, progress: Callable[[int], None]
     ) -> None:
-        """See Store; the version is compared before and after the bytes are read."""
-        assert 0 <= start <= stop <= object_id.size, (start, stop, object_id)
+        """The version is compared before and after the bytes are read."""
         path = self._inside(self._root / object_id.path)
         try:
             # O_NONBLOCK: a file that became a pipe must not hang the open.
@@ -122,8 +117,8 @@ class FileStore:
         try:
             self._check(fd, path, object_id)
             done = 0
-            while done < stop - start:
-                piece = buffer[done : min(stop - start, done + PIECE_BYTES)]
+            while done < len(buffer):
+                piece = buffer[done : done + PIECE_BYTES]
                 got = os.preadv(fd, [piece], start + done)
                 if got == 0:
                     self._check(fd, path, object_id)
@@ -131,13 +126,13 @@ class FileStore:
                 done += got
                 # INVARIANT: no reader is woken for bytes of another version: the check follows each piece.
                 self._check(fd, path, object_id)
-                if done < stop - start:
+                if done < len(buffer):
                     progress(done)
         except OSError as error:
             raise self._translate(error, str(path)) from error
         finally:
             os.close(fd)
-        progress(stop - start)
+        progress(len(buffer))
 
     def _check(self, fd: int, path: Path, object_id: ObjectId) -> None:
         status = os.fstat(fd)

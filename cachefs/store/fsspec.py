@@ -118,28 +118,19 @@ class S3fsStore(S3Store):
             raise IntegrityError(f"{where}: the listing has an entry that cannot be read: {error!r}") from error
         return RawPage(objects, prefixes, token if answer["IsTruncated"] else None)
 
-    def fetch_into(
-        self,
-        buffer: memoryview,
-        object_id: ObjectId,
-        start: int,
-        stop: int,
-        progress: Callable[[int], None],
+    def _fetch_range(
+        self, buffer: memoryview, object_id: ObjectId, start: int, progress: Callable[[int], None]
     ) -> None:
-        """See Store. `progress` is called in the thread that called this."""
-        assert 0 <= start <= stop <= object_id.size, (start, stop, object_id)
-        assert len(buffer) >= stop - start, (len(buffer), start, stop)
-        if start == stop:
-            progress(0)
-            return
+        """`progress` is called in the thread that called this."""
+        stop = start + len(buffer)
         with self._translated(object_id.path):
             body = self._wait(lambda client: self._header(client, object_id, start, stop))
             try:
-                self._fill(buffer[: stop - start], body, object_id, progress)
+                self._fill(buffer, body, object_id, progress)
             finally:
                 # Before its end a body cannot be left in the connection for the next request.
                 self._fs.loop.call_soon_threadsafe(body.close)
-        progress(stop - start)
+        progress(len(buffer))
 
     async def _header(self, client: Any, object_id: ObjectId, start: int, stop: int) -> Any:
         answer = await asyncio.wait_for(
