@@ -83,6 +83,7 @@ class Core:
         self.drain_s = DRAIN_SECONDS
         """How long the end waits for fills in flight."""
         self._stores: dict[VolumeConfig, Store] = {}
+        self._token = trio.lowlevel.current_trio_token()
 
     def open_store(self, config: VolumeConfig) -> Store:
         """The store of a source; the same one for the same options. Raises UsageError for what makes no sense."""
@@ -90,9 +91,17 @@ class Core:
         store = self._stores.get(key)
         if store is None:
             store = self._stores[key] = open_store(
-                key, get_timeout_s=self.config.get_timeout_s, list_timeout_s=self.config.list_timeout_s
+                key,
+                get_timeout_s=self.config.get_timeout_s,
+                list_timeout_s=self.config.list_timeout_s,
+                count_hedge=self.count_hedge,
             )
         return store
+
+    def count_hedge(self, result: str) -> None:
+        """For stores, in any of their threads: a hedge was "started", or has "won"."""
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self.metrics.store_hedges.labels(result).inc)
 
     def close(self) -> None:
         """Let go of stores and index."""

@@ -178,6 +178,11 @@ class Metrics:
             "Requests to the store, by kind (get, list) and result (ok, retry, error).",
             {"kind": ("get", "list"), "result": ("ok", "retry", "error")},
         )
+        self.store_hedges = self._counter(
+            "cachefs_store_hedges",
+            "Second GETs for bytes that were late, by result (started, won: they came before the first one's).",
+            {"result": ("started", "won")},
+        )
         self.store_bytes = self._counter("cachefs_store_bytes", "Bytes fetched from the store.", {})
         self.evicted_objects = self._counter("cachefs_evicted_objects", "Objects evicted from the local tier.", {})
         self.evicted_bytes = self._counter("cachefs_evicted_bytes", "Bytes evicted from the local tier.", {})

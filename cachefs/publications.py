@@ -171,7 +171,7 @@ class Publications:
         if self._core.config.offline:
             raise Offline("volumes cannot be published offline: nobody can say who may see them")
         if view.publications:  # others read with their credentials meanwhile
-            inner, keys = open_publication(publication, self._node, self._core.config)
+            inner, keys = open_publication(publication, self._node, self._core.config, self._core.count_hedge)
             keys.give(given)
             try:
                 await self._core.offload.store(inner.probe)
@@ -273,7 +273,7 @@ class Publications:
         view = self._views.get(publication.view)
         if view is not None:
             return view
-        inner, keys = open_publication(publication, self._node, self._core.config)
+        inner, keys = open_publication(publication, self._node, self._core.config, self._core.count_hedge)
         store = ViewStore(inner, layout=publication.layout, isolation=publication.isolation)
         config = volume_config(publication)
         volume = await self._tree.add_volume(config, store)

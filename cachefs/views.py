@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -13,7 +14,8 @@ from cachefs.config import NodeConfig, ServerConfig, VolumeConfig
 from cachefs.errors import UsageError
 from cachefs.node_policy import volume_location
 from cachefs.snapshot import Volume
-from cachefs.store.given import Given, GivenStore, KeySource, ViewStore, open_given
+from cachefs.store import Store
+from cachefs.store.given import Given, KeySource, ViewStore, open_given
 
 
 class Publication(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,8 +118,10 @@ def new_publication(request: Request, node: NodeConfig) -> Publication:
     )
 
 
-def open_publication(publication: Publication, node: NodeConfig, server: ServerConfig) -> tuple[GivenStore, KeySource]:
-    """A store and where its keys come from. Raises UsageError."""
+def open_publication(
+    publication: Publication, node: NodeConfig, server: ServerConfig, count_hedge: Callable[[str], None]
+) -> tuple[Store, KeySource]:
+    """A store and where its keys come from; `count_hedge` as for open_store. Raises UsageError."""
     location, endpoint, ca_file = volume_location(
         publication.source, publication.endpoint_url, publication.region, node
     )
@@ -141,6 +145,7 @@ def open_publication(publication: Publication, node: NodeConfig, server: ServerC
         ca_file=ca_file,
         get_timeout_s=server.get_timeout_s,
         list_timeout_s=server.list_timeout_s,
+        count_hedge=count_hedge,
     )
     return store, keys
 

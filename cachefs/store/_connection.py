@@ -1,6 +1,8 @@
-"""Connections for http.client whose large receives are one system call each."""
+"""Connections for http.client whose large receives are one system call each, and answers that can be waited for."""
 
 import http.client
+import io
+import math
 import socket
 import ssl
 import struct
@@ -81,3 +83,83 @@ def _connect(host: str, proxy: str | None, tls: ssl.SSLContext | None, connect_s
         fresh.close()
         raise
     return fresh
+
+
+class Ear(io.RawIOBase):
+    """What comes in on a connection.
+
+    While `patient`, a receive ends with None, which loses no byte, and can be gone on with, in two cases: no byte came
+    in time (`set_timeout`), then it was `silent`; or it is `look_up_s` (monotonic), then it `looked_up`. Not patient:
+    the first of them is a TimeoutError, the other nothing. `ended`: the last receive met the end.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        # An answer may still be read when its connection was closed: the file holds the socket open.
+        self._file = connection.makefile("rb", buffering=0)
+        self.patient = True
+        self.look_up_s = math.inf
+        self.silent = self.looked_up = self.ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer") -> int | None:
+        self.silent = False
+        self.looked_up = self.patient and time.monotonic() >= self.look_up_s
+        if self.looked_up:
+            return None
+        try:
+            got = self.connection.recv_into(buffer)
+            self.ended = got == 0
+            return got
+        except TimeoutError:
+            if not self.patient:
+                raise
+            self.silent = True
+            return None
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """As a socket's: what http.client asks for."""
+        return io.BufferedReader(self)
+
+
+class Answer(http.client.HTTPResponse):
+    """The answer to a request that was sent; unlike http.client's it is there before its head has come."""
+
+    def __init__(self, connection: http.client.HTTPConnection) -> None:
+        self.ear = Ear(connection.sock)
+        super().__init__(self.ear, method="GET")  # type: ignore[arg-type]
+        self._of = connection
+
+    def heard(self) -> bool:
+        """Waits for a byte of the head or the body: whether one came. True as well when the connection has ended."""
+        return bool(self.fp.peek(1)) or not self.ear.silent
+
+    def read_head(self) -> None:
+        """Waits for status and headers. Raises OSError, HTTPException."""
+        self.ear.patient = False  # http.client would take a pause for the end
+        self._of.response_class = lambda *_, **__: self  # type: ignore[assignment]
+        try:
+            self._of.getresponse()
+        finally:
+            del self._of.response_class
+        self.ear.patient = not self.chunked
+
+    def receive_into(self, buffer: memoryview) -> int:
+        """How many bytes came, as many as the buffer holds unless the answer pauses (`ear.silent`) or ends."""
+        if self.chunked:
+            return self.readinto(buffer)
+        got = self.fp.readinto(buffer) or 0
+        if self.length is not None:
+            self.length -= got
+        return got
+
+    def has_more(self) -> bool:
+        """Whether a byte follows what was received; waits for the end of the answer."""
+        self.ear.patient = False
+        return bool(self.read(1))

@@ -18,16 +18,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
 
-from cachefs.chunk import MIB, ObjectId
+from cachefs.chunk import MIB
 from cachefs.errors import CachefsError, IntegrityError, StoreUnavailable, UsageError
 from cachefs.store._aws import UNRESERVED, Credentials, sign
-from cachefs.store._connection import connect, set_timeout
-from cachefs.store._s3 import Location, RawPage, check_range, parse_list, status_error
+from cachefs.store._connection import Answer, connect, set_timeout
+from cachefs.store._s3 import Location, RawPage, parse_list, retry_after_s, status_error
 
-FIRST_PIECE_BYTES = MIB // 8
-"""A reader of a few KiB does not wait for more than this."""
-PIECE_BYTES = MIB
-"""A READ of the kernel's: a reader of a whole file wakes at once for each. Fewer wake-ups are less work."""
 IDLE_CONNECTIONS_MAX = 64
 IDLE_SECONDS_MAX = 15.0
 """Stores close idle connections after about 20 s, and firewalls forget them without a word."""
@@ -80,59 +76,25 @@ class S3Client:
             query["delimiter"] = delimiter
         if token is not None:
             query["continuation-token"] = token
-        where = f"s3://{self._service.location.bucket}/{prefix}"
+        where = self.where(prefix)
         try:
-            with _Exchange(self, "", query, {}, timeout_s, where) as answer:
-                answer.raise_for_status(200)
-                body = answer.response.read(LIST_BYTES_MAX + 1)
+            with Exchange(self, "", query, {}, timeout_s, where) as exchange:
+                exchange.ask()
+                exchange.read_head()
+                exchange.raise_for_status(200)
+                body = exchange.answer.read(LIST_BYTES_MAX + 1)
         except (OSError, http.client.HTTPException) as error:
-            raise self._translate(error, where) from error
+            raise self.translate(error, where) from error
         if len(body) > LIST_BYTES_MAX:
             raise IntegrityError(f"{where}: the listing has no end")
         return parse_list(body, where)
 
-    def get_into(
-        self,
-        buffer: memoryview,
-        object_id: ObjectId,
-        start: int,
-        stop: int,
-        progress: Callable[[int], None],
-        timeout_s: float,
-    ) -> None:
-        """See Store.fetch_into; `timeout_s` bounds each wait for a byte."""
-        where = f"s3://{self._service.location.bucket}/{object_id.path}"
-        headers = {"range": f"bytes={start}-{stop - 1}", "if-match": f'"{object_id.version}"'}
-        size = stop - start
-        try:
-            with _Exchange(self, object_id.path, {}, headers, timeout_s, where) as answer:
-                answer.raise_for_status(206, 200)
-                response = answer.response
-                check_range(
-                    object_id,
-                    start,
-                    stop,
-                    status=response.status,
-                    content_range=response.getheader("content-range", ""),
-                    length=response.length,
-                    etag=response.getheader("etag", ""),
-                )
-                filled = 0
-                while filled < size:
-                    piece = PIECE_BYTES - filled % PIECE_BYTES if filled else FIRST_PIECE_BYTES
-                    got = response.readinto(buffer[filled : min(size, filled + piece)])
-                    if got == 0:
-                        raise StoreUnavailable(f"{where}: the answer was cut after {filled} of {size} bytes")
-                    filled += got
-                    if filled < size:
-                        progress(filled)
-                if response.read(1):
-                    raise IntegrityError(f"{where}: the store sent more than the {size} bytes of the part")
-        except (OSError, http.client.HTTPException) as error:
-            raise self._translate(error, where) from error
-        progress(size)
+    def where(self, key: str) -> str:
+        """What a message calls an object."""
+        return f"s3://{self._service.location.bucket}/{key}"
 
-    def _translate(self, error: Exception, where: str) -> CachefsError:
+    def translate(self, error: Exception, where: str) -> CachefsError:
+        """What an OSError or HTTPException of a request means."""
         host = self._endpoint.netloc
         if isinstance(error, ssl.SSLCertVerificationError):
             reason = error.verify_message
@@ -153,10 +115,10 @@ class S3Client:
             f"/{quote(key, safe='/' + UNRESERVED)}" if key else ""
         )
 
-    def send(
+    def ask(
         self, connection: http.client.HTTPConnection, key: str, query: dict[str, str], headers: dict[str, str]
-    ) -> http.client.HTTPResponse:
-        """Signs and sends one GET; returns when the answer's header is there."""
+    ) -> Answer:
+        """Signs and sends one GET."""
         path = self.path(key)
         raw_query = urlencode(sorted(query.items()), quote_via=quote, safe=UNRESERVED)
         given = {"host": self._endpoint.netloc, **headers}
@@ -170,12 +132,12 @@ class S3Client:
         for name, value in given.items():
             connection.putheader(name, value)
         connection.endheaders()
-        return connection.getresponse()
+        return Answer(connection)
 
-    def connection(self, timeout_s: float) -> tuple[http.client.HTTPConnection, bool]:
+    def connection(self, timeout_s: float, *, fresh: bool = False) -> tuple[http.client.HTTPConnection, bool]:
         """An open connection, and whether it was used before (then the store may have closed it meanwhile)."""
         with self._lock:
-            idle, kept_s = self._idle.pop() if self._idle else (None, 0.0)
+            idle, kept_s = self._idle.pop() if self._idle and not fresh else (None, 0.0)
         if idle is not None and time.monotonic() - kept_s > IDLE_SECONDS_MAX:
             idle.close()
             self.forget_idle()  # the others are older
@@ -221,13 +183,17 @@ class S3Client:
             what=where,
             region=self._service.region,
             actual_region=response.getheader("x-amz-bucket-region"),
+            retry_after_s=retry_after_s(response.getheader("retry-after"), time.time()),
         )
 
 
-class _Exchange:
-    """One request and its answer; the connection goes back to the pool only when the answer was read to its end."""
+class Exchange:
+    """One request and its answer; the connection goes back to the pool only when the answer was read to its end.
 
-    response: http.client.HTTPResponse
+    `ask`, perhaps `heard`, `read_head`, and then what `answer` gives. A context manager; or `finish` ends it.
+    """
+
+    answer: Answer
 
     def __init__(
         self,
@@ -242,33 +208,92 @@ class _Exchange:
         self._request = (key, query, headers)
         self._timeout_s = timeout_s
         self._where = where
+        self._connection: http.client.HTTPConnection | None = None
+        self._used = False
+        self.has_head = False
 
-    def __enter__(self) -> "_Exchange":
+    def ask(self, *, fresh: bool = False) -> None:
+        """Sends the request; `fresh`: on a connection that was never used."""
         while True:
-            self._connection, used = self._client.connection(self._timeout_s)
+            connection, self._used = self._client.connection(self._timeout_s, fresh=fresh)
             try:
-                self.response = self._client.send(self._connection, *self._request)
-                return self
-            except (ConnectionError, http.client.BadStatusLine):
-                self._connection.close()
-                if not used:
+                self.answer = self._client.ask(connection, *self._request)
+            except ConnectionError:
+                connection.close()
+                if not self._used:
                     raise
                 # An idle connection that the store had closed: not a failure of the store.
                 self._client.forget_idle()
             except BaseException:
-                self._connection.close()
+                connection.close()
                 raise
+            else:
+                self._connection = connection
+                return
+
+    def listen(self, timeout_s: float) -> None:
+        """How long each wait for a byte may take from here on, in seconds."""
+        self._timeout_s = timeout_s
+        set_timeout(self.answer.ear.connection, timeout_s)
+
+    def heard(self) -> bool:
+        """Waits for a byte of the head or the body: whether one came, or without a head the end of the connection."""
+        while True:
+            try:
+                heard = self.answer.heard()
+            except ConnectionError:
+                if self.has_head or not self._used:
+                    raise
+                self._ask_anew()
+            else:
+                if self.has_head and self.answer.ear.ended:
+                    raise http.client.IncompleteRead(b"")
+                return heard
+
+    def stay(self) -> None:
+        """From here on it is a failure when the connection ends, also if it was an idle one."""
+        self._used = False
+
+    def _ask_anew(self) -> None:
+        """An idle connection was one that the store had closed: not a failure of the store."""
+        assert self._connection is not None
+        self._connection.close()
+        self._client.forget_idle()
+        self.ask()
+
+    def read_head(self) -> None:
+        """Waits for status and headers, which nobody has checked then."""
+        while True:
+            try:
+                self.answer.read_head()
+            except (ConnectionError, http.client.BadStatusLine):
+                if not self._used:
+                    raise
+                self._ask_anew()
+            else:
+                self.has_head = True
+                return
 
     def raise_for_status(self, *expected: int) -> None:
         """Raises what the answer means unless its status is one of `expected`."""
-        if self.response.status not in expected:
-            raise self._client.error_for(self.response, self._where)
+        if self.answer.status not in expected:
+            raise self._client.error_for(self.answer, self._where)
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        answered = error is None or (isinstance(error, CachefsError) and self.response.length == 0)
-        whole = answered and self.response.isclosed() and not self.response.will_close
-        self.response.close()
+    def finish(self, error: BaseException | None) -> None:
+        """The end, with the error that was the reason, if any."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        answered = error is None or (isinstance(error, CachefsError) and self.answer.length == 0)
+        whole = answered and self.has_head and self.answer.isclosed() and not self.answer.will_close
+        self.answer.close()
         if whole:
-            self._client.keep(self._connection)
+            self._client.keep(connection)
         else:
-            self._connection.close()
+            connection.close()
+
+    def __enter__(self) -> "Exchange":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.finish(error)

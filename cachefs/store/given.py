@@ -16,8 +16,9 @@ from cachefs.chunk import ObjectId
 from cachefs.errors import AccessDenied, CachefsError, StoreUnavailable, UsageError
 from cachefs.store import ListPage, ObjectInfo, Store
 from cachefs.store._aws import DEFAULT_REGION, Credentials
-from cachefs.store._http import S3Client, Service
-from cachefs.store._s3 import Location, RawPage, S3Store
+from cachefs.store._http import Service
+from cachefs.store._s3 import Location
+from cachefs.store.direct import DirectStore
 
 STS_TIMEOUT_S = 10.0
 REFRESH_BEFORE_S = 300.0
@@ -171,31 +172,6 @@ def assume_role(given: Given, *, region: str, endpoint: str | None) -> tuple[Cre
     return keys, expires.timestamp()
 
 
-class GivenStore(S3Store):
-    """`s3://` with keys from a KeySource. Threads may share it."""
-
-    def __init__(self, service: Service, *, get_timeout_s: float, list_timeout_s: float) -> None:
-        super().__init__(service.location, list_timeout_s)
-        self._client = S3Client(service)
-        self._get_timeout_s = get_timeout_s
-
-    def _list(self, prefix: str, *, delimiter: str, token: str | None, limit: int, timeout_s: float) -> RawPage:
-        return self._client.list(prefix, delimiter=delimiter, token=token, limit=limit, timeout_s=timeout_s)
-
-    def fetch_into(
-        self, buffer: memoryview, object_id: ObjectId, start: int, stop: int, progress: Callable[[int], None]
-    ) -> None:
-        """See Store."""
-        if start == stop:
-            progress(0)
-            return
-        self._client.get_into(buffer, object_id, start, stop, progress, self._get_timeout_s)
-
-    def close(self) -> None:
-        """See Store."""
-        self._client.close()
-
-
 def open_given(
     location: Location,
     endpoint: str,
@@ -206,7 +182,8 @@ def open_given(
     ca_file: str | None,
     get_timeout_s: float,
     list_timeout_s: float,
-) -> GivenStore:
+    count_hedge: Callable[[str], None] = lambda result: None,
+) -> DirectStore:
     """The store of a volume; no request is made."""
     service = Service(
         location=location,
@@ -216,7 +193,7 @@ def open_given(
         static_credentials=False,
         ca_file=ca_file,
     )
-    return GivenStore(service, get_timeout_s=get_timeout_s, list_timeout_s=list_timeout_s)
+    return DirectStore(service, get_timeout_s=get_timeout_s, list_timeout_s=list_timeout_s, count_hedge=count_hedge)
 
 
 class ViewStore:

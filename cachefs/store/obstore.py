@@ -17,6 +17,7 @@ import obstore.store
 
 from cachefs.chunk import MIB, ObjectId
 from cachefs.errors import IntegrityError, NotFound, ObjectChanged, StoreUnavailable
+from cachefs.store._get import get_into
 from cachefs.store._http import S3Client, Service
 from cachefs.store._s3 import RawPage, S3Store, check_part
 
@@ -47,31 +48,21 @@ class ObstoreStore(S3Store):
     def _list(self, prefix: str, *, delimiter: str, token: str | None, limit: int, timeout_s: float) -> RawPage:
         return self._client.list(prefix, delimiter=delimiter, token=token, limit=limit, timeout_s=timeout_s)
 
-    def fetch_into(
-        self,
-        buffer: memoryview,
-        object_id: ObjectId,
-        start: int,
-        stop: int,
-        progress: Callable[[int], None],
+    def _fetch_range(
+        self, buffer: memoryview, object_id: ObjectId, start: int, progress: Callable[[int], None]
     ) -> None:
-        """See Store."""
-        assert 0 <= start <= stop <= object_id.size, (start, stop, object_id)
-        assert len(buffer) >= stop - start, (len(buffer), start, stop)
-        if start == stop:
-            progress(0)
-            return
+        size = len(buffer)
         if not addressable(object_id.path):
-            self._client.get_into(buffer, object_id, start, stop, progress, self._get_timeout_s)
+            get_into(self._client, buffer, object_id, start, progress, self._get_timeout_s)
             return
-        filled, heard_s = self._stream_into(buffer, object_id, start, stop, progress)
-        if filled == stop - start:
+        filled, heard_s = self._stream_into(buffer, object_id, start, start + size, progress)
+        if filled == size:
             progress(filled)
             return
         left_s = self._get_timeout_s - (time.monotonic() - heard_s)
         if left_s <= 0:
             raise StoreUnavailable(f"{self.url}: {object_id.path}: no byte for {self._get_timeout_s:g} s")
-        self._client.get_into(buffer[filled:], object_id, start + filled, stop, lambda n: progress(filled + n), left_s)
+        get_into(self._client, buffer[filled:], object_id, start + filled, lambda n: progress(filled + n), left_s)
 
     def _stream_into(
         self, buffer: memoryview, object_id: ObjectId, start: int, stop: int, progress: Callable[[int], None]

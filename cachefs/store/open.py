@@ -1,7 +1,7 @@
 """From a volume's source to its store. Libraries are loaded only when a source needs them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from cachefs.config import VolumeConfig
 from cachefs.errors import UsageError
@@ -16,8 +16,11 @@ def open_store(
     get_timeout_s: float,
     list_timeout_s: float,
     environ: Mapping[str, str] = os.environ,
+    count_hedge: Callable[[str], None] = lambda result: None,
 ) -> Store:
     """The store of `volume.source`; no request is made (`probe` makes one).
+
+    `count_hedge` is told, in the thread of a GET, that a second one for the same bytes was "started" or has "won".
 
     UsageError for a source, endpoint, profile or combination that makes no sense.
     """
@@ -33,10 +36,16 @@ def open_store(
         return FileStore(rest)
     if get_timeout_s <= 0 or list_timeout_s <= 0:
         raise UsageError("get_timeout_s and list_timeout_s are more than 0")
-    return _open_s3(volume, get_timeout_s, list_timeout_s, environ)
+    return _open_s3(volume, get_timeout_s, list_timeout_s, environ, count_hedge)
 
 
-def _open_s3(volume: VolumeConfig, get_timeout_s: float, list_timeout_s: float, environ: Mapping[str, str]) -> Store:
+def _open_s3(
+    volume: VolumeConfig,
+    get_timeout_s: float,
+    list_timeout_s: float,
+    environ: Mapping[str, str],
+    count_hedge: Callable[[str], None],
+) -> Store:
     from cachefs.store import _aws as aws
     from cachefs.store._http import Service
     from cachefs.store._s3 import aws_endpoint, parse_location
@@ -66,7 +75,7 @@ def _open_s3(volume: VolumeConfig, get_timeout_s: float, list_timeout_s: float, 
         return ObstoreStore(service, get_timeout_s=get_timeout_s, list_timeout_s=list_timeout_s)
     from cachefs.store.direct import DirectStore
 
-    return DirectStore(service, get_timeout_s=get_timeout_s, list_timeout_s=list_timeout_s)
+    return DirectStore(service, get_timeout_s=get_timeout_s, list_timeout_s=list_timeout_s, count_hedge=count_hedge)
 
 
 def ca_file(environ: Mapping[str, str]) -> str | None:

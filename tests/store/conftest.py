@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -180,3 +181,19 @@ def _remote(request: pytest.FixtureRequest, kind: str) -> Remote:
 def numbers() -> Iterator[int]:
     """For names of buckets and keys that no other test uses."""
     return itertools.count()
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(certificate, key) of 127.0.0.1 as PEM files."""
+    directory = tmp_path_factory.mktemp("tls")
+    certificate, key = directory / "cert.pem", directory / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-days", "30", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
+    try:
+        subprocess.run(
+            [*command, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True, timeout=60
+        )
+    except FileNotFoundError:
+        pytest.skip("openssl is not installed")
+    return certificate, key

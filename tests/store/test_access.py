@@ -1,6 +1,5 @@
 """Who may read: keys, profiles, anonymous access, certificates, endpoints that do not answer."""
 
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,21 +138,6 @@ def test_an_endpoint_from_the_environment_is_used_and_part_of_the_identity(
     assert [fetch(asked, info) for info in walk(asked)] == [b"x"]
     store.close()
     asked.close()
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    directory = tmp_path_factory.mktemp("tls")
-    certificate, key = directory / "cert.pem", directory / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    command += ["-days", "30", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
-    try:
-        subprocess.run(
-            [*command, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True, timeout=60
-        )
-    except FileNotFoundError:
-        pytest.skip("openssl is not installed")
-    return certificate, key
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import http.server
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -31,14 +32,27 @@ Lie = Literal[
     "cut",  # the connection ends in the middle of the body (a LIST without Content-Length: in the middle of the XML)
     "hang",  # no answer until the lie is taken back
     "hang in body",  # half of the body, then nothing until the lie is taken back
+    "hang, then cut",  # no answer; when the lie is taken back, the end of the connection
+    "crawl",  # a quarter of the body, then 1 KiB every 20 ms until the lie is taken back
     "503",
+    "429",
     "403",
+    "404",
+    "412",
     "garbage",  # 200 with a body that is no XML
     "truncated",  # a LIST page that says IsTruncated and gives no token
     "same page",  # a LIST page whose token leads to itself
     "301",  # the bucket is in another region
 ]
 OTHER_REGION = "eu-central-7"
+CODES: dict[str, str] = {
+    "503": "SlowDown",
+    "429": "TooManyRequests",
+    "403": "AccessDenied",
+    "404": "NoSuchKey",
+    "412": "PreconditionFailed",
+}
+"""Lies that are nothing but a status, and the code of each."""
 
 
 class Request(NamedTuple):
@@ -68,10 +82,14 @@ class Told(NamedTuple):
 class LyingServer:
     """A context manager; use `put`, then `lie`, then look at `requests`, `gets`, `lists`."""
 
-    def __init__(self, *, page_size: int = 1000, latency_s: float = 0.0) -> None:
+    def __init__(self, *, page_size: int = 1000, latency_s: float = 0.0, tls: tuple[Path, Path] | None = None) -> None:
+        """`tls`: (certificate, key) as PEM files."""
         self.access_key, self.secret_key, self.region = ACCESS_KEY, SECRET_KEY, REGION
         self.page_size = page_size
         self.latency_s = latency_s
+        self.retry_after: str | None = None
+        """The Retry-After of answers with 503 and 429."""
+        self._tls = tls
         self.waiting = 0
         """How many requests hang now."""
         self._objects: dict[tuple[str, str], bytes | Path] = {}
@@ -86,7 +104,7 @@ class LyingServer:
 
     @property
     def endpoint_url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
 
     # --- contents
 
@@ -131,6 +149,12 @@ class LyingServer:
             told, self._lies = self._lies, []
         for one in told:
             one.over.set()
+
+    @property
+    def lies_left(self) -> int:
+        """How many more requests are lied to."""
+        with self._lock:
+            return sum(told.left[0] for told in self._lies)
 
     def _lie_for(self, operation: str, key: str) -> Told | None:
         with self._lock:
@@ -177,6 +201,11 @@ class LyingServer:
         server = _Server(("127.0.0.1", self.port), handler)
         self.port = server.server_address[1]
         self._server = server
+        if self._tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*self._tls)
+            # The handshake is made by the connection's own thread, with its first read.
+            server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True, name="lying-server").start()
 
     def stop(self) -> None:
@@ -387,11 +416,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if told.lie == "hang":
             with self.origin.hanging(told):
                 pass
-        elif told.lie == "503":
-            self._error(503, "SlowDown")
+        elif told.lie == "hang, then cut":
+            with self.origin.hanging(told):
+                pass
+            self._cut()
             return True
-        elif told.lie == "403":
-            self._error(403, "AccessDenied")
+        elif told.lie in CODES:
+            pause = self.origin.retry_after if told.lie in ("503", "429") else None
+            self._error(int(told.lie), CODES[told.lie], {"Retry-After": pause} if pause else None)
             return True
         elif told.lie == "301":
             self._error(301, "PermanentRedirect", {"x-amz-bucket-region": OTHER_REGION})
@@ -423,10 +455,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
             if told.lie == "cut":
-                self.close_connection = True
-                self.connection.shutdown(socket.SHUT_RDWR)
+                self._cut()
                 return
             with self.origin.hanging(told):
                 pass
             body = body[len(body) // 2 :]
+        if told is not None and told.lie == "crawl":
+            sent = len(body) // 4
+            self.wfile.write(body[:sent])
+            while sent < len(body) and not told.over.wait(0.02):
+                self.wfile.write(body[sent : sent + 1024])
+                sent += 1024
+            body = body[sent:]
         self.wfile.write(body)
+
+    def _cut(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
