@@ -13,12 +13,12 @@ So volumes of the same source and the same principal share listings.
 
 import functools
 import hashlib
+import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import msgspec
-import structlog
 import trio
 
 from cachefs.chunk import ObjectId
@@ -38,7 +38,7 @@ INLINE_DECODE_BYTES = 256 * 1024
 STALE_FOR_S = 10.0
 """After the store did not answer, further directories are shown from old listings for so long without asking it."""
 
-_log = structlog.get_logger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
@@ -350,13 +350,13 @@ class Snapshots:
     def _hold_stale(
         self, key: bytes, volume: Volume, directory: str, listing: Listing, error: CachefsError | None
     ) -> Listing:
-        _log.warning(
-            "the store does not answer: showing an old listing",
-            source=volume.store.url,
-            directory=directory,
-            age_s=round(self._clock() - listing.frozen_s, 1),
-            error=None if error is None else str(error),
-        )
+        about = {
+            "source": volume.store.url,
+            "directory": directory,
+            "age_s": round(self._clock() - listing.frozen_s, 1),
+            "error": None if error is None else str(error),
+        }
+        _log.warning("the store does not answer: showing an old listing", extra=about)
         return self._hold(key, directory, listing, "stale")
 
     async def _list(self, key: bytes, volume: Volume, directory: str, *, tries_max: int | None = None) -> Listing:
@@ -381,7 +381,8 @@ class Snapshots:
             wait_s = min(wait_s * 2, wait_s_max)
         if hidden:
             self.counts["hidden_names"] += hidden
-            _log.warning("keys that no name can stand for", source=volume.store.url, directory=directory, keys=hidden)
+            about = {"source": volume.store.url, "directory": directory, "keys": hidden}
+            _log.warning("keys that no name can stand for", extra=about)
         listing = Listing(entries, self._clock(), self._session, hidden)
         await self._persist(key, directory, listing)
         self._stale_until.pop(volume.listing_prefix, None)
@@ -399,7 +400,7 @@ class Snapshots:
         try:
             await self._offload.index(self._write, key, directory, listing)
         except NoSpace as exc:
-            _log.warning("a listing could not be kept", directory=directory, error=str(exc))
+            _log.warning("a listing could not be kept", extra={"directory": directory, "error": str(exc)})
 
     def _write(self, key: bytes, directory: str, listing: Listing) -> None:
         stored = _Stored(directory, listing.frozen_s, listing.session, listing.hidden, listing.entries)

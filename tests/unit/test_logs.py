@@ -13,12 +13,11 @@ from cachefs import logs
 SCRIPT = """
 import logging, os, sys
 from pathlib import Path
-import structlog
 from cachefs import logs
 logs.LOG_BYTES_MAX = 10 * 1024 * 1024
 logs.set_up(Path(sys.argv[1]), "info", sys.argv[2])
 logging.getLogger("cachefs.x").info("plain %s", "text")
-structlog.get_logger("cachefs.y").warning("structured", source="s3://b", count=3)
+logging.getLogger("cachefs.y").warning("structured", extra={"source": "s3://b", "count": 3})
 logging.getLogger("cachefs.x").debug("not shown")
 try:
     1 / 0
