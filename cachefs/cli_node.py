@@ -11,7 +11,7 @@ import click
 from cachefs.cli_context import Command
 from cachefs.config import NodeConfig, encode_node
 from cachefs.errors import UsageError
-from cachefs.kernel.process import python_command
+from cachefs.kernel.spawn import python_command
 from cachefs.settings import SOCKET_PATH_BYTES_MAX
 
 RUN_NAME, CACHE_NAME, SOCKET_NAME = "run", "cache", "keeper.sock"  # as in node_keeper.py

@@ -3,11 +3,10 @@
 Small on purpose: no network, no cache, no threads, and of cachefs it imports kernel, config and errors only.
 One loop over a handful of descriptors; what it is told by a server it checks.
 
-    python -m cachefs.keeper --ready-fd N [--foreground] [--server-module M]    MountConfig as JSON on stdin
-    python -m cachefs.keeper --takeover FD                                      started by a server, or by itself
+    python -m cachefs.keeper --takeover FD    started by a server, or by itself; `cachefs mount` starts first_start.py
 """
 
-import argparse
+import contextlib
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from cachefs.errors import CachefsError, StateBusy, UsageError, WorkFailed
 from cachefs.kernel import mounts, wire
 from cachefs.kernel.backing import Backings, trusted_program
 from cachefs.kernel.newmount import hold_lock, mount, serving_descriptor, warn_about_timeouts
-from cachefs.kernel.process import how_it_ended, kill, log, open_server_log, peer_credentials, python_command, spawn
+from cachefs.kernel.process import how_it_ended, kill, log, open_server_log, peer_credentials, spawn
 from cachefs.kernel.session import (
     Message,
     Session,
@@ -36,6 +35,7 @@ from cachefs.kernel.session import (
     unpack_session,
     unpack_volumes,
 )
+from cachefs.kernel.spawn import python_command
 from cachefs.kernel.supervised import Server, close_backing, register_backing
 
 LOCK_TIMEOUT_S = 10.0
@@ -53,15 +53,19 @@ MESSAGES_PER_TURN = 64
 
 
 class Keeper:
-    """The state of one mount. run() returns the exit status when mount and server have ended."""
+    """The state of one mount. run() returns the exit status when mount and server have ended.
 
-    def __init__(self, session: Session, ready_fd: int) -> None:
+    `waiting`: a server that runs already and waits for its session, and the socket to it.
+    """
+
+    def __init__(self, session: Session, ready_fd: int, waiting: tuple[int, socket.socket] | None = None) -> None:
         self._session = session
         self._config = session.config
         self._ready_fd = ready_fd
         self._state_dir = os.path.realpath(self._config.server.state_dir)
         self._backings = Backings(session.fuse_fd, self._state_dir, session.backings)
         self._server: Server | None = None
+        self._waiting = waiting
         self._served = ready_fd < 0  # some server of this mount was ready once
         self._starts = 0
         self._failures = 0
@@ -142,28 +146,44 @@ class Keeper:
         session.restarted = session.generation > 0
         session.backings = self._backings.all()
         session.keeper_pid = os.getpid()
-        ours, theirs = packet_pair()
         memory_fd = pack_session(session)
-        log_fd = os.dup(2) if session.foreground else open_server_log(self._state_dir)
         serving_fd = serving_descriptor(session)
+        # Sent before it starts, so that a server has its session even if this keeper dies now.
+        handed = [serving_fd, session.ledger_fd, memory_fd, session.fuse_fd]
         try:
-            # Sent before it starts, so that a server has its session even if this keeper dies now.
-            handed = [serving_fd, session.ledger_fd, memory_fd, session.fuse_fd]
-            send_message(ours, Message("session"), handed)
-            command = python_command(session.python, "-m", session.server_module, "3")
-            pid = spawn(command, link=theirs.fileno(), stderr=log_fd, credentials=credentials_fd(os.environ))
+            if self._waiting is not None:
+                pid, sock = self._waiting
+                self._waiting = None
+                with contextlib.suppress(ConnectionError):  # it has ended: that is seen like any other end
+                    send_message(sock, Message("session"), handed)
+            else:
+                pid, sock = self._spawn_server(handed)
         except OSError as exc:
-            ours.close()
             log(f"cannot start a server: {exc}")
             self._start_failed(f"cannot start {session.python}: {exc.strerror}")
             return
         finally:
-            theirs.close()
-            close_all([memory_fd, log_fd, serving_fd])
-        self._server = Server(ours, os.pidfd_open(pid), pid, os.geteuid())
+            close_all([memory_fd, serving_fd])
+        self._server = Server(sock, os.pidfd_open(pid), pid, os.geteuid())
         if self._last_python:
             self._server.kill_at_s = time.monotonic() + UPGRADE_READY_S
         log(f"started server {pid} (generation {session.generation}, {len(session.backings)} backing files)")
+
+    def _spawn_server(self, handed: list[int]) -> tuple[int, socket.socket]:
+        session = self._session
+        ours, theirs = packet_pair()
+        log_fd = os.dup(2) if session.foreground else open_server_log(self._state_dir)
+        try:
+            send_message(ours, Message("session"), handed)
+            command = python_command(session.python, "-m", session.server_module, "3")
+            pid = spawn(command, link=theirs.fileno(), stderr=log_fd, credentials=credentials_fd(os.environ))
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(log_fd)
+        return pid, ours
 
     def _start_failed(self, reason: str) -> None:
         """No server came up: roll an upgrade back, or try again later."""
@@ -416,16 +436,16 @@ def _inherit_credentials(inherit: bool) -> None:
         os.set_inheritable(descriptor, inherit)
 
 
-def start(ready_fd: int, server_module: str, foreground: bool) -> int:
-    """A new mount, for a command that reads one line from ready_fd."""
-    os.set_inheritable(ready_fd, False)
-    _inherit_credentials(False)
+def start(ready_fd: int, server_module: str, *, foreground: bool, waiting_pid: int, link: int) -> int:
+    """A new mount, for a command that reads one line from ready_fd; `link` is the socket to a server that waits.
+
+    `waiting_pid` is -1 when that one could not be started.
+    """
+    sock = socket.socket(fileno=link)
     data = sys.stdin.buffer.read()
     null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
     os.dup2(null, 0)
     os.close(null)
-    if not foreground and os.fork():
-        os._exit(0)  # the command waits for this process only; the keeper is nobody's child
     try:
         config = decode(data)
         lock_fd = hold_lock(config, 0.0)
@@ -433,10 +453,13 @@ def start(ready_fd: int, server_module: str, foreground: bool) -> int:
         session = mount(config, python=sys.executable, server_module=server_module, foreground=foreground)
     except (CachefsError, msgspec.DecodeError, OSError) as exc:
         log(f"cannot mount: {exc}")
+        if waiting_pid > 0:
+            os.kill(waiting_pid, signal.SIGKILL)  # our child, not waited for yet: the pid is its own
+            os.waitpid(waiting_pid, 0)
         exit_code = exc.exit_code if isinstance(exc, CachefsError) else UsageError.exit_code
         os.write(ready_fd, json.dumps({"error": str(exc), "exit_code": exit_code}).encode() + b"\n")
         return exit_code
-    status = Keeper(session, ready_fd).run()
+    status = Keeper(session, ready_fd, (waiting_pid, sock) if waiting_pid > 0 else None).run()
     os.close(lock_fd)
     return status
 
@@ -469,23 +492,19 @@ def take_over(link_fd: int) -> int:
     return status
 
 
-def main() -> int:
-    """Parse the command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m cachefs.keeper")
-    how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--ready-fd", type=int)
-    how.add_argument("--takeover", type=int)
-    parser.add_argument("--server-module", default="cachefs.daemon")
-    parser.add_argument("--foreground", action="store_true")
-    arguments = parser.parse_args()
-    try:
-        if arguments.takeover is not None:
-            return take_over(arguments.takeover)
-        return start(arguments.ready_fd, arguments.server_module, arguments.foreground)
-    except StateBusy as exc:
-        log(str(exc))
-        return exc.exit_code
+def main(arguments: list[str]) -> int:
+    """See the module's docstring."""
+    match arguments:
+        case ["--takeover", number]:
+            try:
+                return take_over(int(number))
+            except StateBusy as exc:
+                log(str(exc))
+                return exc.exit_code
+        case _:
+            log(f"this program is for cachefs itself: {' '.join(arguments)}")
+            return UsageError.exit_code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -22,7 +22,9 @@ from cachefs.config import (
 )
 from cachefs.errors import CachefsError, StateBusy, UsageError, WorkFailed
 from cachefs.kernel.mounts import check_mountpoint, recover_dead_mount
-from cachefs.kernel.process import python_command
+from cachefs.kernel.process import open_server_log
+from cachefs.kernel.session import close_all, packet_pair
+from cachefs.kernel.spawn import python_command
 
 READY_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 10.0
@@ -51,34 +53,7 @@ def start_keeper(
     server = config.server
     _make_directories((server.state_dir, server.state_dir / "log", server.runtime_dir))
     _clear_mountpoint(config)
-    ready, ready_for_keeper = os.pipe2(os.O_CLOEXEC)
-    command = python_command(sys.executable, "-m", "cachefs.keeper", "--ready-fd", str(ready_for_keeper))
-    command += ["--server-module", server_module]
-    log: int | None = None
-    if foreground:
-        command.append("--foreground")
-    else:
-        log = open_log(config.server.state_dir)
-    credentials = _credentials()
-    try:
-        process = subprocess.Popen(
-            command,
-            cwd="/",
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            env={**without_credentials(os.environ), CREDENTIALS_FD_VARIABLE: str(credentials)},
-            pass_fds=[ready_for_keeper, credentials],
-            start_new_session=not foreground,
-        )
-    except OSError as exc:
-        os.close(ready)
-        raise WorkFailed(f"cannot start the keeper: {exc}") from exc
-    finally:
-        os.close(ready_for_keeper)
-        os.close(credentials)
-        if log is not None:
-            os.close(log)
+    ready, process = _start_process(config, server_module, foreground=foreground)
     try:
         _send_config(process, config)
         if not foreground:
@@ -94,6 +69,40 @@ def start_keeper(
     if "error" in line:
         _wait_for_end(config.server.runtime_dir)
     return _started(line, process if foreground else None, config)
+
+
+def _start_process(config: MountConfig, server_module: str, *, foreground: bool) -> tuple[int, subprocess.Popen[bytes]]:
+    """Start server and keeper (first_start.py): the pipe for its line, and the process, whose stdin is for `config`."""
+    log: int | None = None
+    if foreground:
+        server_log = os.dup(2)
+    else:
+        log = open_log(config.server.state_dir)
+        server_log = open_server_log(config.server.state_dir, otherwise=log)
+    ready, ready_for_keeper = os.pipe2(os.O_CLOEXEC)
+    link, server_link = packet_pair()
+    credentials = _credentials()
+    descriptors = [ready_for_keeper, credentials, link.fileno(), server_link.fileno(), server_log]
+    words = [*map(str, descriptors), server_module, "foreground" if foreground else "background"]
+    try:
+        process = subprocess.Popen(
+            python_command(sys.executable, "-m", "cachefs.first_start", *words),
+            cwd="/",
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env={**without_credentials(os.environ), CREDENTIALS_FD_VARIABLE: str(credentials)},
+            pass_fds=descriptors,
+            start_new_session=not foreground,
+        )
+    except OSError as exc:
+        os.close(ready)
+        raise WorkFailed(f"cannot start the keeper: {exc}") from exc
+    finally:
+        link.close()
+        server_link.close()
+        close_all([ready_for_keeper, credentials, server_log, *([] if log is None else [log])])
+    return ready, process
 
 
 def _credentials() -> int:

@@ -14,7 +14,7 @@ import trio
 
 from cachefs.config import VolumeConfig, credentials_fd
 from cachefs.errors import CachefsError, UsageError, WorkFailed
-from cachefs.kernel.process import how_it_ended, python_command, spawn
+from cachefs.kernel.process import how_it_ended, spawn
 from cachefs.kernel.session import (
     Backing,
     Message,
@@ -27,6 +27,7 @@ from cachefs.kernel.session import (
     send_message,
     unpack_session,
 )
+from cachefs.kernel.spawn import python_command
 
 REGISTER_DEADLINE_S = 10.0
 KEEPER_BACKOFF_S_MAX = 5.0

@@ -1,4 +1,4 @@
-"""Starting and watching processes: posix_spawn, pidfds, how a process ended, who is at the other end of a socket."""
+"""Starting and watching processes: pidfds, how a process ended, who is at the other end of a socket."""
 
 import os
 import signal
@@ -9,46 +9,18 @@ import time
 from collections.abc import Sequence
 
 from cachefs.config import CREDENTIALS_FD_VARIABLE, without_credentials
+from cachefs.kernel import spawn as spawning
 
 PEERCRED = struct.Struct("=iII")  # struct ucred of socket(7): pid, uid, gid
-LINK_FD = 3
-"""Where a started keeper or server finds its socket."""
 
 
 def spawn(command: Sequence[str], *, link: int, stderr: int, stdin: int = -1, credentials: int = -1) -> int:
-    """Start a process in a session of its own with `link` as its descriptor 3, and return its pid.
-
-    posix_spawn, because it does not copy the page tables of a large server, and is safe beside threads.
-    stdout goes to `stderr`; stdin is /dev/null unless it is given; no other descriptor is inherited
-    but `credentials`, a memfd with what the environment of the new process does not have.
-    """
-    source = (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0) if stdin < 0 else (os.POSIX_SPAWN_DUP2, stdin, 0)
-    # The descriptors are above 3 or are dup2'ed before 3 is overwritten; dup2 clears close-on-exec.
-    actions = [
-        source,
-        (os.POSIX_SPAWN_DUP2, stderr, 1),
-        (os.POSIX_SPAWN_DUP2, stderr, 2),
-        (os.POSIX_SPAWN_DUP2, link, LINK_FD),
-    ]
+    """As spawn.spawn(), without the secrets of this environment; `credentials` is a memfd with what it lacks."""
     environment = without_credentials(os.environ)
     environment.pop(CREDENTIALS_FD_VARIABLE, None)
     if credentials >= 0:
         environment[CREDENTIALS_FD_VARIABLE] = str(credentials)
-        actions.append((os.POSIX_SPAWN_DUP2, credentials, credentials))  # onto itself: inherited
-    return os.posix_spawn(
-        command[0],
-        list(command),
-        environment,
-        file_actions=actions,
-        setsid=True,
-        setsigmask=(),
-        setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGCHLD),
-    )
-
-
-def python_command(python: str, *arguments: str) -> list[str]:
-    """How keeper and server are started: -P, or a module in the working directory would be taken for ours."""
-    return [python, "-P", *arguments]
+    return spawning.spawn(command, environment, link=link, stderr=stderr, stdin=stdin, inherit=credentials)
 
 
 def how_it_ended(pidfd: int) -> tuple[int | None, str]:
@@ -97,11 +69,11 @@ def log(text: str) -> None:
         return  # a full disk or a closed terminal must not end the keeper
 
 
-def open_server_log(state_dir: str | os.PathLike[str]) -> int:
-    """STATE/log/server.log for appending; our own stderr if it cannot be opened: a failing disk, no directory."""
+def open_server_log(state_dir: str | os.PathLike[str], otherwise: int = 2) -> int:
+    """STATE/log/server.log for appending; a copy of `otherwise`, our stderr, if it cannot be opened: a failing disk."""
     path = os.path.join(state_dir, "log", "server.log")
     try:
         return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as exc:
         log(f"cannot open {path}: {exc.strerror}")
-        return os.dup(2)
+        return os.dup(otherwise)
