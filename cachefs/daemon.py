@@ -5,6 +5,10 @@ It always resumes: the keeper hands it a session, and the first start differs on
 It ends in this order: FUSE, prefetch, fills in flight, index.
 """
 
+import gc
+
+gc.disable()  # 600 modules are loaded below, and none of them is garbage: 20 ms of 150
+
 import faulthandler
 import functools
 import logging
@@ -22,13 +26,13 @@ from cachefs.errors import CachefsError, UsageError, WorkFailed
 from cachefs.ledger import Ledger
 from cachefs.link import KeeperLink
 from cachefs.metrics import Metrics, serve_metrics
-from cachefs.node_link import NodeLink
 from cachefs.notifier import Notifier
-from cachefs.publications import Publications
 from cachefs.server import Server
 from cachefs.state import remember_size, state_lock
 from cachefs.tree import Tree
 from cachefs.vfs import Vfs
+
+gc.enable()
 
 LOCK_WAIT_S = 10.0
 """A server that was killed may take so long to let go of the state directory (its threads finish a write)."""
@@ -49,8 +53,9 @@ log = logging.getLogger("cachefs.daemon")  # __name__ is "__main__" here
 
 def main(arguments: list[str]) -> int:
     """Exit code 0: unmounted or handed over; 2: the first start failed and was reported; 1: restart me."""
+    gc.freeze()  # what is loaded stays: no later collection looks at it
     read_credentials(os.environ)
-    link = NodeLink.begin(int(arguments[1])) if arguments[0] == "--node" else KeeperLink.receive(int(arguments[0]))
+    link = _begin_on_node(int(arguments[1])) if arguments[0] == "--node" else KeeperLink.receive(int(arguments[0]))
     server = link.session.config.server
     logs.set_up(server.state_dir, server.log_level, server.log_format)
     faulthandler.enable()
@@ -75,8 +80,14 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _begin_on_node(descriptor: int) -> KeeperLink:
+    from cachefs.node_link import NodeLink  # with publications.py 5 ms, which a local mount has no use for
+
+    return NodeLink.begin(descriptor)
+
+
 def _lock_wait_s(link: KeeperLink) -> float:
-    if isinstance(link, NodeLink):
+    if link.on_node:
         return NODE_LOCK_WAIT_S
     return LOCK_WAIT_S if link.session.generation else 0.0
 
@@ -96,7 +107,7 @@ async def _run(link: KeeperLink) -> None:
             link=link,
             ledger=ledger,
             metrics=metrics,
-            private_root=isinstance(link, NodeLink),  # pods get binds; whose volume is whose is between them
+            private_root=link.on_node,  # pods get binds; whose volume is whose is between them
         )
         server = Server(core=core, tree=tree, link=link, ledger=ledger, vfs=vfs, metrics=metrics)
         await _serve(link, core, tree, notifier, vfs, server, ledger)
@@ -121,7 +132,11 @@ async def _serve(
         nursery.start_soon(notifier.run)
         await server.add_first_volumes()
         methods = dict(server.methods())
-        if isinstance(link, NodeLink):
+        if link.on_node:
+            from cachefs.node_link import NodeLink
+            from cachefs.publications import Publications
+
+            assert isinstance(link, NodeLink)
             publications = Publications(core=core, tree=tree, link=link, ledger=ledger)
             await nursery.start(publications.run)
             methods = {name: method for name, method in methods.items() if name not in NOT_ON_NODES}
@@ -135,7 +150,7 @@ async def _serve(
         ended = trio.Event()
         await nursery.start(_serve_fuse, vfs, link, stop, ended)
         await nursery.start(control.serve, config.server.runtime_dir, methods)
-        if not isinstance(link, NodeLink):
+        if not link.on_node:
             nursery.start_soon(server.watch_binds)
         link.ready()
         log.info("serving %d volumes", len(core.volumes))
@@ -177,7 +192,7 @@ async def _serve_fuse(
 
 
 def _end(link: KeeperLink, stop: trio.Event) -> None:
-    if isinstance(link, NodeLink):
+    if link.on_node:
         link.stop_kind = "hand_over"
         stop.set()
     else:

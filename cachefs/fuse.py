@@ -212,8 +212,9 @@ async def serve(
     """Serve the session until it is unmounted, or until `stop`: then no more requests are taken, handlers get
     HAND_OVER_GRACE_S, and what is not answered comes again at the next server (RESEND).
 
-    The volumes must be in the tree and `vfs.run` must run. Started when requests are answered and the mode of
-    sealed files is known. Raises RuntimeError, OSError when libfuse or the device refuse. Once per process.
+    The volumes must be in the tree and `vfs.run` must run. Started when requests are answered; who opens a sealed
+    file waits until its mode is known. Raises RuntimeError, OSError when libfuse or the device refuse. Once per
+    process.
     """
     vfs.adopt(extension_built=SHIM_BUILT)
     # Without the shim a read that finds no request must wait in the kernel: pyfuse3 would end at EAGAIN.
@@ -232,7 +233,7 @@ async def serve(
         raise
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_report, vfs, session.restarted, running, task_status)
+            nursery.start_soon(_report, vfs, session, running, task_status)
             if stop is not None:
                 nursery.start_soon(_stop_when_wanted, stop, nursery.cancel_scope)
             await pyfuse3.main(max_tasks=MAX_TASKS)
@@ -253,13 +254,13 @@ def _take_device(session: Session, device: int, running: trio.Event) -> None:
     running.set()
 
 
-async def _report(vfs: Vfs, restarted: bool, running: trio.Event, task_status: trio.TaskStatus[None]) -> None:
+async def _report(vfs: Vfs, session: Session, running: trio.Event, task_status: trio.TaskStatus[None]) -> None:
     try:
         await running.wait()
-        if restarted:
-            vfs.check_passthrough_later()
+        if session.restarted or session.config.as_root:
+            vfs.check_passthrough_later(opens_wait=not session.restarted)  # it starts a process: 25 ms
         else:
-            await vfs.check_passthrough()
+            await vfs.check_passthrough()  # or fusermount3 would find the mount busy with it, right after the start
     finally:
         task_status.started()  # also when it was unmounted before that: an end, and no failure
 

@@ -56,6 +56,8 @@ class KeeperLink:
     keeper_backoff_s_max = KEEPER_BACKOFF_S_MAX
     last_stop_kind = "unmount"
     """After this stop no keeper is needed any more."""
+    on_node = False
+    """Node mode: the mount outlives this server and its keeper."""
 
     def __init__(self, sock: socket.socket | None, session: Session, mount_fd: int) -> None:
         if sock is not None:

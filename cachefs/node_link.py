@@ -82,6 +82,7 @@ class NodeLink(KeeperLink):
 
     keeper_backoff_s_max = 0.5
     last_stop_kind = "hand_over"
+    on_node = True
 
     def __init__(
         self, sock: socket.socket | None, session: Session, mount_fd: int, config: NodeConfig, keep: Keep

@@ -162,6 +162,7 @@ class Server:
         return self._metrics.exposition()
 
     async def _status(self, params: Params, progress: Progress, caller: Caller) -> dict[str, Any]:
+        await self._vfs.wait_for_passthrough_check()
         session = self._link.session
         bound = bound_at(session.device) if self._config.as_root else {}
         volumes = []

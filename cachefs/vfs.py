@@ -141,6 +141,9 @@ class Vfs:
         self._refreshes: dict[int, trio.Event] = {}
         self._refreshed_s: dict[int, float] = {}
         self._nursery: trio.Nursery | None = None
+        self._check_ended = trio.Event()
+        """Opens of sealed files, and who asks for the mode, wait for this."""
+        self._check_ended.set()
 
     # Life
 
@@ -181,10 +184,23 @@ class Vfs:
         if self._passthrough.enabled:
             self._ledger.note_passthrough_checked()
 
-    def check_passthrough_later(self) -> None:
-        """The same in the background: the readers of a restarted server wait already."""
+    def check_passthrough_later(self, *, opens_wait: bool) -> None:
+        """The same in the background. `opens_wait`: opens of sealed files wait for its end (5 s at most), so that none
+        is cached for want of 25 ms; the readers of a restarted server have waited already."""
         assert self._nursery is not None
-        self._nursery.start_soon(self.check_passthrough)
+        if opens_wait:
+            self._check_ended = trio.Event()
+        self._nursery.start_soon(self._check_in_background, self._check_ended)
+
+    async def _check_in_background(self, ended: trio.Event) -> None:
+        try:
+            await self.check_passthrough()
+        finally:
+            ended.set()
+
+    async def wait_for_passthrough_check(self) -> None:
+        """Until passthrough_state() says what holds from now on."""
+        await self._check_ended.wait()
 
     def passthrough_state(self) -> tuple[bool, list[str]]:
         """Whether sealed files are read by the kernel itself, and if not, why."""
@@ -316,6 +332,8 @@ class Vfs:
                 self._publish_anew(state)  # it was sealed before this server came; the next open has it better
             return None
         if not is_open:
+            if self._cache.is_sealed(node.object_id):
+                await self._check_ended.wait()
             unknown = self._files.unknown_are_cached
             if not self._passthrough.enabled or unknown or not self._cache.is_sealed(node.object_id):
                 return None

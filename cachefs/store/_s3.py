@@ -1,6 +1,5 @@
 """What the S3 stores share: URLs, answers to LIST, checks on answers to GET, and which answer is which error."""
 
-import dataclasses
 import datetime
 import email.utils
 import random
@@ -10,6 +9,8 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from urllib.parse import unquote_plus, urlsplit
+
+import msgspec
 
 from cachefs.chunk import ObjectId
 from cachefs.errors import (
@@ -37,8 +38,7 @@ PASSING_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "Servi
 DENIED_CODES = frozenset({"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId"})
 
 
-@dataclasses.dataclass(frozen=True)
-class Location:
+class Location(msgspec.Struct, frozen=True):
     """`s3://bucket/prefix` taken apart: `prefix` without the slash at its end, `endpoint` None for AWS."""
 
     bucket: str
