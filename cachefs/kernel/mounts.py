@@ -4,7 +4,6 @@ import ctypes
 import errno
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -270,6 +269,8 @@ def _libc_call(name: str, *arguments: object) -> None:
 
 
 def _fusermount() -> str:
+    import shutil  # 3 ms, for who is not root
+
     found = shutil.which("fusermount3")
     if found is None:
         raise UsageError("fusermount3 is not installed: install the package fuse3, or run as root")
