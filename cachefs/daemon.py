@@ -55,7 +55,11 @@ def main(arguments: list[str]) -> int:
     """Exit code 0: unmounted or handed over; 2: the first start failed and was reported; 1: restart me."""
     gc.freeze()  # what is loaded stays: no later collection looks at it
     read_credentials(os.environ)
-    link = _begin_on_node(int(arguments[1])) if arguments[0] == "--node" else KeeperLink.receive(int(arguments[0]))
+    try:
+        link = _begin_on_node(int(arguments[1])) if arguments[0] == "--node" else KeeperLink.receive(int(arguments[0]))
+    except WorkFailed as exc:  # the keeper ended before it had mounted, and says why itself
+        print(f"server {os.getpid()}: {exc}", file=sys.stderr)
+        return 1
     server = link.session.config.server
     logs.set_up(server.state_dir, server.log_level, server.log_format)
     faulthandler.enable()
