@@ -19,6 +19,7 @@ TARGETS = {
     "shards": Target("shards", ""),
     "minilm": Target("minilm", ""),
     "gguf": Target("gguf", "model.gguf"),
+    "gguf-large": Target("gguf-large", "model.gguf"),
 }
 
 # About 50 cells, each of 2 to 5 s with 512 MiB: five rounds end within a quarter of an hour on two cores.

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from . import gguf, loads, workloads
+from . import gguf, gguf_write, loads, workloads
 from .cells import Cell, available, cells, order_of, target_of
 from .demo import DemoFailed, model_directory
 from .downloads import Download, JuicefsCold, JuicefsImport, RcloneCopy, S5cmd
@@ -43,7 +43,8 @@ VERSIONS = {
 
 
 class Data:
-    """The buckets that are served: `one` (a file), `shards` (a model of SHARDS files), `minilm`, `gguf`."""
+    """The buckets that are served: `one` (a file), `shards` (a model of SHARDS files), `minilm`, `gguf`,
+    `gguf-large`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -62,7 +63,13 @@ class Data:
                 shutil.copytree(model_directory(), self.bucket / "minilm")
         if "gguf" in kinds and gguf.llama() is not None:
             gguf.assemble(self.bucket / "gguf")
-        reasons = {"minilm": "its package is not installed", "gguf": "llama.cpp or the model is not installed"}
+        if "gguf-large" in kinds and gguf.llama() is not None:
+            gguf_write.write(self.bucket / "gguf-large" / "model.gguf", mib * MIB)
+        reasons = {
+            "minilm": "its package is not installed",
+            "gguf": "llama.cpp or the model is not installed",
+            "gguf-large": "llama.cpp is not installed",
+        }
         for kind in sorted(kinds):
             if not (self.bucket / kind).is_dir():
                 self.notes.append(f"skipped: {kind}: {reasons[kind]} (`make setup-bench`, WITH_LLAMA=1 for llama.cpp)")
@@ -200,7 +207,7 @@ def run(plan: list[Cell], names: list[str], given: argparse.Namespace, work: Pat
     report = Report(
         name="cold",
         taken=now(),
-        machine=machine(versions | (gguf.version_command() if data.has("gguf") else {})),
+        machine=machine(versions),
         server="nginx; links " + ", ".join(names),
         object_bytes=mib * MIB,
         rounds=done,

@@ -41,12 +41,6 @@ def llama() -> str | None:
     return str(beside) if beside.exists() else shutil.which(PROGRAM)
 
 
-def version_command() -> dict[str, list[str]]:
-    """For harness.machine(); empty when the program is not there."""
-    found = llama()
-    return {"llama.cpp": [found, "--version"]} if found else {}
-
-
 def assemble(directory: Path) -> Path | None:
     """The model's file (253 MB) under `directory`; None when its package is not installed."""
     try:
@@ -81,7 +75,9 @@ def _maps(pid: int, path: str) -> bool:
 
 def _first_words(port: int) -> Iterator[str]:
     """Pieces of the answer as they are generated, at temperature 0: the same for the same model. RuntimeError."""
-    body = {"prompt": PROMPT, "n_predict": TOKENS, "temperature": 0, "seed": 1, "stream": True, "cache_prompt": False}
+    body = {"prompt": PROMPT, "n_predict": TOKENS, "temperature": 0, "seed": 1, "stream": True}
+    # A model of random weights may say that it has ended at once.
+    body |= {"ignore_eos": True, "cache_prompt": False}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_SECONDS_MAX)
     with contextlib.closing(connection):
         connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})

@@ -28,7 +28,8 @@ class Kind(NamedTuple):
 
 SHARDS = Kind("shards", whole=False)
 ENGINE = Kind("engine", whole=True)
-KINDS = (SHARDS, ENGINE)
+LARGE_ENGINE = Kind("engine-large", whole=True)
+KINDS = (SHARDS, ENGINE, LARGE_ENGINE)
 
 
 class Parts(NamedTuple):

@@ -2,8 +2,9 @@
 
 Three cases: `first` (the first replica on an empty node), `second` (another replica on the node that has it), `new`
 (scale-up: a node with nothing, while the first one goes on serving). The clock runs from the launch of the mount or
-the download, and has the loader's process in it, as a pod's start has. Two loads: `shards` (a sharded model, every
-tensor copied and compared) and `engine` (a GGUF model, a real llama.cpp server, to the first token).
+the download, and has the loader's process in it, as a pod's start has. Loads: `shards` (a sharded model, every
+tensor copied and compared), `engine` (a real llama.cpp server with a real model of 253 MB, to the first token),
+`engine-large` (the same with a model of --mib and random weights).
 `python -m benchmarks.startup --rounds 5 --mib 2048`.
 """
 
@@ -26,7 +27,7 @@ from .downloads import Download, RcloneCopy, S5cmd
 from .frame import RESULTS, run_and_publish
 from .harness import BUCKET, BenchError, Target, digest_of, machine, peak_rss_mib, processor_seconds, program
 from .links import Link, links
-from .outlook import CASES, ENGINE, KINDS, SHARDS, conclusions
+from .outlook import CASES, ENGINE, KINDS, LARGE_ENGINE, SHARDS, conclusions
 from .peers import Cachefs
 from .report import Failure, Report, Sample, now
 
@@ -55,9 +56,17 @@ class Load(NamedTuple):
         return target_of(self.workload)
 
 
+def _start_engine(path: Path) -> dict[str, Any]:
+    return gguf.serve(str(path))
+
+
 LOADS = {
-    SHARDS.name: Load(SHARDS.name, "shards", _load_shards),
-    ENGINE.name: Load(ENGINE.name, "gguf", lambda path: gguf.serve(str(path))),
+    load.name: load
+    for load in (
+        Load(SHARDS.name, "shards", _load_shards),
+        Load(ENGINE.name, "gguf", _start_engine),
+        Load(LARGE_ENGINE.name, "gguf-large", _start_engine),
+    )
 }
 
 
@@ -185,7 +194,7 @@ def run(names: list[str], given: argparse.Namespace, work: Path) -> Report:
     report = Report(
         name="startup",
         taken=now(),
-        machine=machine(versions | gguf.version_command()),
+        machine=machine(versions),
         server="nginx; links " + ", ".join(names),
         object_bytes=given.mib * 2**20,
         rounds=given.rounds,
@@ -229,7 +238,7 @@ def main() -> int:
     parser.add_argument("--links", default="constrained")
     parser.add_argument("--loads", default=",".join(kind.name for kind in KINDS), type=loads_of)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--mib", type=int, default=2048, help="size of the sharded model")
+    parser.add_argument("--mib", type=int, default=2048, help="size of a model")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     names = arguments.links.split(",")

@@ -3,7 +3,8 @@
 Interpreter start and imports are outside the clock (`began` in the answer: its start, by perf_counter()). Kinds:
 `sequential` (also digests: for cold reads, where all bytes must be compared), `plain` (sequential, nothing but
 reading), `mmap`, `four` (four processes, each the whole file), `random` (4 KiB reads at seeded offsets), `last` (the
-last 4 KiB). Those of benchmarks/loads.py: `ordered`, `shuffled`, `parallel`, `shards`; `minilm`; `gguf`.
+last 4 KiB). Those of benchmarks/loads.py: `ordered`, `shuffled`, `parallel`, `shards`; `minilm`; `gguf`,
+`gguf-large`.
 """
 
 import hashlib
@@ -143,6 +144,7 @@ KINDS: dict[str, Callable[[str], dict[str, Any]]] = {
     "shards": loads.shards,
     "minilm": minilm,
     "gguf": gguf.serve,
+    "gguf-large": gguf.serve,
 }
 
 
