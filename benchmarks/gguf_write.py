@@ -6,7 +6,7 @@ What it says has no sense, and is the same for the same file. Layout: GGUF versi
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 ALIGNMENT = 32
 VOCABULARY = 32000
@@ -44,7 +44,7 @@ def layer(number: int) -> list[Tensor]:
 
 
 def tensors_of(total: int) -> tuple[int, list[Tensor]]:
-    """The number of layers, and all tensors of a model of about `total` bytes: at least one layer (125 MB)."""
+    """The number of layers (at least one: 125 MB), and all tensors of a model of about `total` bytes."""
     outer = [Tensor("token_embd.weight", WIDTH, VOCABULARY), Tensor("output_norm.weight", WIDTH, 0)]
     layers = max(1, round((total - sum(one.bytes for one in outer)) / sum(one.bytes for one in layer(0))))
     return layers, [*outer, *(one for number in range(layers) for one in layer(number))]
@@ -137,13 +137,16 @@ def _data(tensor: Tensor, seed: int) -> Iterator[bytes]:
         left -= count
 
 
+def write_tensors(file: IO[bytes], layers: int, tensors: list[Tensor]) -> None:
+    file.write(header(layers, tensors))
+    for number, one in enumerate(tensors):
+        for part in _data(one, number):
+            file.write(part)
+        file.write(bytes(_padded(one.bytes) - one.bytes))
+
+
 def write(path: Path, total: int) -> None:
-    """A model of about `total` bytes, the same each time."""
-    layers, tensors = tensors_of(total)
+    """A model of about `total` bytes, the same each time; its directory is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        file.write(header(layers, tensors))
-        for number, one in enumerate(tensors):
-            for part in _data(one, number):
-                file.write(part)
-            file.write(bytes(_padded(one.bytes) - one.bytes))
+        write_tensors(file, *tensors_of(total))
