@@ -66,10 +66,9 @@ def _healthy(port: int) -> bool:
 
 
 def _maps(pid: int, path: str) -> bool:
-    """Whether the process has mapped a file of this name."""
-    name = f"/{os.path.basename(path)}\n"
+    """Whether the process has mapped a file of this name; "(deleted)" follows it when it was sealed meanwhile."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return name in Path(f"/proc/{pid}/maps").read_text()
+        return f"/{os.path.basename(path)}" in Path(f"/proc/{pid}/maps").read_text()
     return False
 
 
@@ -126,9 +125,11 @@ class _Start:
     def reached(self, condition: Callable[[], bool], poll_s: float) -> float:
         """When the condition held first; RuntimeError with what the engine said when it ended or takes too long."""
         while not condition():
-            if self._process.poll() is not None or self.seconds() > START_SECONDS_MAX:
+            status = self._process.poll()
+            if status is not None or self.seconds() > START_SECONDS_MAX:
+                why = f"ended with {status}" if status is not None else f"is not ready after {self.seconds():.0f} s"
                 self._log.seek(-min(500, self._log.seek(0, os.SEEK_END)), os.SEEK_END)
-                raise RuntimeError(f"{PROGRAM} did not start: {self._log.read().decode(errors='replace')}")
+                raise RuntimeError(f"{PROGRAM} {why}: {self._log.read().decode(errors='replace')}")
             time.sleep(poll_s)
         return self.seconds()
 
