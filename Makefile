@@ -14,6 +14,7 @@ help:
 	@echo 'make bench        cold, start-up and warm against the peers (about an hour, needs root for the constrained link;'
 	@echo '                  bench-quick: some minutes, no figures to keep)'
 	@echo 'make bench-startup  first and second replica and a new node, against downloading before the start'
+	@echo '                  (WITH_LLAMA=1: also with a real engine, llama.cpp, which is compiled first)'
 	@echo 'make bench-warm   warm reads only'
 	@echo 'make test-image   the image as a root file system made by Debian tools, run under runc'
 	@echo 'make test-csi     csi-sanity, grpcurl and the tests of driver and manifests, with the tools they need'

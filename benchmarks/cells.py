@@ -19,6 +19,7 @@ TARGETS = {
     "shards": Target("shards", ""),
     "minilm": Target("minilm", ""),
     "gguf": Target("gguf", "model.gguf"),
+    "gguf-large": Target("gguf-large", "model.gguf"),
 }
 
 # About 50 cells, each of 2 to 5 s with 512 MiB: five rounds end within a quarter of an hour on two cores.
@@ -36,7 +37,7 @@ SHORT: dict[str, dict[str, tuple[str, ...]]] = {
         "shuffled": MOUNTS,
         "parallel": ("cachefs", "rclone", "s3fs"),
         "minilm": ("cachefs", "rclone", "s5cmd"),
-        "gguf": ("cachefs", "rclone", "s5cmd"),
+        "gguf": ("cachefs", "rclone", "juicefs", "s5cmd", "rclone-copy"),
     },
     "tls": {"sequential": ("cachefs", "rclone", "s3fs", "loop")},
     "faults": {"sequential": ("cachefs", "rclone")},
@@ -59,11 +60,9 @@ def target_of(workload: str) -> Target:
 
 
 def peers_for(workload: str) -> tuple[str, ...]:
-    """Those that can do it: the references read one object, and only two directories are imported into JuiceFS."""
-    peers = [*MOUNTS, *DOWNLOADS, "native"]
-    if workload in ("minilm", "gguf"):
-        peers.remove("juicefs")
-    return (*peers, "loop", "gets") if workload == "sequential" else tuple(peers)
+    """Those that can do it: the references read one object."""
+    peers = (*MOUNTS, *DOWNLOADS, "native")
+    return (*peers, "loop", "gets") if workload == "sequential" else peers
 
 
 def cells(matrix: str, links: list[str], peers: str, workloads: str) -> list[Cell]:

@@ -11,30 +11,25 @@ import functools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 import msgspec
 
-from . import gguf, loads, workloads
+from . import gguf, gguf_write, loads, workloads
 from .cells import Cell, available, cells, order_of, target_of
 from .demo import DemoFailed, model_directory
 from .downloads import Download, JuicefsCold, JuicefsImport, RcloneCopy, S5cmd
+from .frame import RESULTS, run_and_publish
 from .harness import BUCKET, MIB, BenchError, Target, machine, peak_rss_mib, processor_seconds, program
 from .links import PLANS, Link, links
 from .peers import Cachefs, Foreground, Geesefs, MountS3, Native, Peer, Rclone, S3fs
-from .plots import plot
-from .report import Failure, Report, Sample, now, save, text_table
+from .report import Failure, Report, Sample, now
 from .verdicts import verdicts
 
-RESULTS = Path(__file__).parent / "results"
 CELL_SECONDS_MAX = 300.0
 SHARDS = 4
 VERSIONS = {
@@ -48,7 +43,8 @@ VERSIONS = {
 
 
 class Data:
-    """The buckets that are served: `one` (a file), `shards` (a model of SHARDS files), `minilm`, `gguf`."""
+    """The buckets that are served: `one` (a file), `shards` (a model of SHARDS files), `minilm`, `gguf`,
+    `gguf-large`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -67,7 +63,13 @@ class Data:
                 shutil.copytree(model_directory(), self.bucket / "minilm")
         if "gguf" in kinds and gguf.llama() is not None:
             gguf.assemble(self.bucket / "gguf")
-        reasons = {"minilm": "its package is not installed", "gguf": "llama-cpp-server or the model is not installed"}
+        if "gguf-large" in kinds and gguf.llama() is not None:
+            gguf_write.write(self.bucket / "gguf-large" / "model.gguf", mib * MIB)
+        reasons = {
+            "minilm": "its package is not installed",
+            "gguf": "llama.cpp or the model is not installed",
+            "gguf-large": "llama.cpp is not installed",
+        }
         for kind in sorted(kinds):
             if not (self.bucket / kind).is_dir():
                 self.notes.append(f"skipped: {kind}: {reasons[kind]} (`make setup-bench`, WITH_LLAMA=1 for llama.cpp)")
@@ -180,9 +182,10 @@ def run(plan: list[Cell], names: list[str], given: argparse.Namespace, work: Pat
     data.make({target_of(cell.workload).prefix for cell in plan}, mib)
     plan = [cell for cell in plan if data.has(target_of(cell.workload).prefix)]
     imported = None
-    if any(cell.peer == "juicefs" for cell in plan):
+    wanted_by_juicefs = {target_of(cell.workload).prefix for cell in plan if cell.peer == "juicefs"}
+    if wanted_by_juicefs:
         imported = JuicefsImport(data.root, work / "juicefs")
-        imported.make([data.bucket / kind for kind in ("one", "shards") if data.has(kind)])
+        imported.make([data.bucket / kind for kind in sorted(wanted_by_juicefs)])
     samples: list[Sample] = []
     failures: list[Failure] = []
     (work / "links").mkdir()
@@ -200,10 +203,11 @@ def run(plan: list[Cell], names: list[str], given: argparse.Namespace, work: Pat
     if done < rounds:
         notes.append(f"stopped after {done} of {rounds} rounds: more would not end within {seconds_max:.0f} s")
     peers = {cell.peer for cell in plan}
+    versions = {name: [program(words[0]), *words[1:]] for name, words in VERSIONS.items() if name in peers}
     report = Report(
         name="cold",
         taken=now(),
-        machine=machine({name: [program(words[0]), *words[1:]] for name, words in VERSIONS.items() if name in peers}),
+        machine=machine(versions),
         server="nginx; links " + ", ".join(names),
         object_bytes=mib * MIB,
         rounds=done,
@@ -252,37 +256,18 @@ def links_of(given: str) -> tuple[list[str], list[str]]:
     return made, [f"skipped: the {name} link: it needs root (network namespace)" for name in left_out]
 
 
-def stop_once(number: int, frame: FrameType | None) -> NoReturn:
-    """Ctrl-C and SIGTERM end the run, and a second one does not end the cleaning up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 def main() -> int:
     arguments = arguments_of()
-    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(one, stop_once)
-    work = Path(tempfile.mkdtemp(prefix="cachefs-bench-"))
     names, left_out = links_of(arguments.links)
-    try:
+
+    def make(work: Path) -> Report:
         plan, missing = available(cells(arguments.matrix, names, arguments.peers, arguments.workloads))
         missing += left_out
         for line in missing:
             print(f"cold: {line}", flush=True)
-        report = run(plan, names, arguments, work, missing)
-    except KeyboardInterrupt:
-        print("cold: interrupted, cleaned up", file=sys.stderr)
-        return 130
-    except BenchError as exc:
-        print(f"cold: {exc}", file=sys.stderr)
-        return 1
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    target = save(report, arguments.output)
-    plot(report, target.with_suffix(".png"))
-    print(text_table(report))
-    return 1 if any(one.peer == "cachefs" for one in report.failures) else 0
+        return run(plan, names, arguments, work, missing)
+
+    return run_and_publish("cold", make, arguments.output)
 
 
 if __name__ == "__main__":

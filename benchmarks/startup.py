@@ -1,81 +1,118 @@
 """How long until a replica has its model: through the mount, and by downloading before the start.
 
 Three cases: `first` (the first replica on an empty node), `second` (another replica on the node that has it), `new`
-(scale-up: a node with nothing, while the first one goes on serving). Each time includes the mount or the download and
-the load of all tensors of a sharded model, as an engine does it. Every byte is compared.
+(scale-up: a node with nothing, while the first one goes on serving). The clock runs from the launch of the mount or
+the download, and has the loader's process in it, as a pod's start has. Loads: `shards` (a sharded model, every
+tensor copied and compared), `engine` (a real llama.cpp server with a real model of 253 MB, to the first token),
+`engine-large` (the same with a model of --mib and random weights).
 `python -m benchmarks.startup --rounds 5 --mib 2048`.
 """
 
 import argparse
 import json
 import shutil
-import signal
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
-from . import workloads
-from .cells import DOWNLOADS
-from .cold import CELL_SECONDS_MAX, RESULTS, VERSIONS, Data, stop_once
+from . import gguf, workloads
+from .cells import target_of
+from .cold import CELL_SECONDS_MAX, VERSIONS, Data
 from .downloads import Download, RcloneCopy, S5cmd
-from .harness import BUCKET, BenchError, Target, machine, peak_rss_mib, processor_seconds, program
+from .frame import RESULTS, run_and_publish
+from .harness import BUCKET, BenchError, Target, digest_of, machine, peak_rss_mib, processor_seconds, program
 from .links import Link, links
+from .outlook import CASES, ENGINE, KINDS, LARGE_ENGINE, SHARDS, conclusions
 from .peers import Cachefs
-from .plots import plot
-from .report import Failure, Report, Sample, best_of, chosen, now, ratio_between, save, text_table
-from .verdicts import OURS, Verdict
+from .report import Failure, Report, Sample, now
 
-SHARDS = Target("shards", "")
-LOAD = "shards"
-CASES = {"first": 1.3, "second": 10.0, "new": 1.3}
-"""Least ratio to the best download that is wanted; a mount's time is part of it, as a download's is."""
-MODEL_BYTES = 140 * 10**9
-LINKS_GBIT_PER_S = (10, 100)
+WHOLE_MODEL = {"CACHEFS_PREFETCH": "all"}
+"""A replica will read all of its model: the mount is told so."""
+
+
+def _load_shards(path: Path) -> dict[str, Any]:
+    launched = time.perf_counter()
+    result = workloads.run(SHARDS.name, str(path), CELL_SECONDS_MAX)
+    # CLOCK_MONOTONIC is one clock for all processes.
+    process_seconds = result["began"] - launched
+    times = {name: process_seconds + result[name] for name in ("seconds", "first_tensor_seconds")}
+    return result | times | {"process_seconds": process_seconds}
+
+
+class Load(NamedTuple):
+    """What is started: `run(path)` gives what a workload gives, with times from the launch of its process on."""
+
+    name: str
+    workload: str
+    run: Callable[[Path], dict[str, Any]]
+
+    @property
+    def target(self) -> Target:
+        return target_of(self.workload)
+
+
+def _start_engine(path: Path) -> dict[str, Any]:
+    return gguf.serve(str(path))
+
+
+LOADS = {
+    load.name: load
+    for load in (
+        Load(SHARDS.name, "shards", _load_shards),
+        Load(ENGINE.name, "gguf", _start_engine),
+        Load(LARGE_ENGINE.name, "gguf-large", _start_engine),
+    )
+}
 
 
 class Startup:
-    """Measures one approach after the other on one link."""
+    """Measures one approach after the other with one load on one link."""
 
-    def __init__(self, data: Data, link: Link, work: Path) -> None:
+    def __init__(self, data: Data, load: Load, link: Link, work: Path) -> None:
         self._data = data
+        self._load = load
         self._link = link
         self._work = work
+        self.label = f"{link.plan.name} {load.name}"
 
-    def _load(self, path: Path) -> dict[str, float]:
-        result = workloads.run(LOAD, str(path), CELL_SECONDS_MAX)
-        if result["digest"] != self._data.expected(LOAD, SHARDS):
-            raise BenchError("wrong bytes")
-        return result
-
-    def _sample(self, peer: str, case: str, number: int, ready: float, load: dict[str, float]) -> Sample:
+    def _sample(self, peer: str, case: str, number: int, path: Path, ready: float) -> Sample:
+        """Loads; `ready`: seconds of the mount or of the download, which have just ended."""
+        result = self._load.run(path)
+        if result["digest"] != self._data.expected(self._load.workload, self._load.target):
+            raise BenchError("wrong bytes, or another answer than from a local file")
         return Sample(
             peer=peer,
-            workload=f"{self._link.plan.name} {case}",
+            workload=f"{self.label} {case}",
             round=number,
-            seconds=ready + load["seconds"],
-            bytes=int(load["bytes"]),
+            seconds=ready + result["seconds"],
+            bytes=int(result["bytes"]),
             ready_seconds=ready,
-            first_tensor_seconds=ready + load["first_tensor_seconds"],
+            first_tensor_seconds=ready + result["first_tensor_seconds"],
+            process_seconds=result["process_seconds"],
         )
+
+    def _compare(self, path: Path) -> None:
+        """Every byte of a single file, after the clock: an engine's tokens do not depend on each of them."""
+        if path.is_file() and digest_of(path) != digest_of(self._data.bucket / self._load.target.prefix / path.name):
+            raise BenchError("wrong bytes")
 
     def ours(self, number: int) -> list[Sample]:
         """All three cases: they need each other's state."""
-        one, other = Cachefs(SHARDS), Cachefs(SHARDS)
+        one, other = Cachefs(self._load.target, WHOLE_MODEL), Cachefs(self._load.target, WHOLE_MODEL)
         first, second = self._work / "node1", self._work / "node2"
         try:
             samples = [self._cold(one, first, "first", number)]
-            one.make_warm(SHARDS.under(first / "mnt"))
+            one.make_warm(self._load.target.under(first / "mnt"))
             started = time.perf_counter()
             path = one.mount_at(first / "mnt2", self._link)
             ready = time.perf_counter() - started
-            samples.append(self._sample(OURS, "second", number, ready, self._load(path)))
+            samples.append(self._sample(one.name, "second", number, path, ready))
+            self._compare(path)
             samples.append(self._cold(other, second, "new", number))
         finally:
             try:
@@ -94,32 +131,38 @@ class Startup:
         ready = time.perf_counter() - started
         pids = peer.pids()
         before = processor_seconds(pids)
-        sample = self._sample(peer.name, case, number, ready, self._load(path))
-        return msgspec.structs.replace(
+        sample = self._sample(peer.name, case, number, path, ready)
+        sample = msgspec.structs.replace(
             sample,
             cpu_seconds=processor_seconds(pids) - before,
             rss_mib=peak_rss_mib(pids),
-            fetched_bytes=self._link.bytes_since(position, f"/{BUCKET}/{SHARDS.prefix}/"),
+            fetched_bytes=self._link.bytes_since(position, f"/{BUCKET}/{self._load.target.prefix}/"),
         )
+        self._compare(path)
+        return sample
 
-    def download(self, peer: Download, case: str, number: int) -> Sample:
-        """Download, then start: the same for every replica."""
+    def download(self, kind: Callable[[Target], Download], number: int) -> list[Sample]:
+        """Download, then start: it is the same for every replica, so that one measurement stands for all cases."""
+        peer = kind(self._load.target)
         work = self._work / "download"
         work.mkdir(parents=True)
         try:
             started = time.perf_counter()
             path = peer.start(work, self._link)
             ready = time.perf_counter() - started
-            sample = self._sample(peer.name, case, number, ready, self._load(path))
+            sample = self._sample(peer.name, "first", number, path, ready)
+            self._compare(path)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        return msgspec.structs.replace(sample, cpu_seconds=peer.cpu_seconds, rss_mib=peer.rss_mib)
+        sample = msgspec.structs.replace(sample, cpu_seconds=peer.cpu_seconds, rss_mib=peer.rss_mib)
+        return [msgspec.structs.replace(sample, workload=f"{self.label} {case}") for case in CASES]
 
-    def gets(self, number: int) -> Sample:
-        """What the link gives to one shard's parallel GETs."""
+    def gets(self, number: int) -> list[Sample]:
+        """What the link gives to the parallel GETs of one file of the model."""
         work = self._work / "gets"
         work.mkdir(parents=True)
-        command = [sys.executable, "-m", "benchmarks.loop", self._link.endpoint_url, str(work), SHARDS.prefix, "gets"]
+        module = [sys.executable, "-m", "benchmarks.loop"]
+        command = [*module, self._link.endpoint_url, str(work), self._load.target.prefix, "gets"]
         try:
             done = subprocess.run(
                 command, env=self._link.env(), capture_output=True, text=True, check=False, timeout=CELL_SECONDS_MAX
@@ -128,154 +171,78 @@ class Startup:
             shutil.rmtree(work, ignore_errors=True)
         if done.returncode != 0:
             raise BenchError(f"gets: {done.stderr.strip()[-500:]}")
-        label = f"{self._link.plan.name} link"
-        return Sample(peer="gets", workload=label, round=number, **json.loads(done.stdout))
-
-
-class Outlook(NamedTuple):
-    """What a large model would take: seconds."""
-
-    first: float
-    second: float
-    new: float
-    download: float
-
-
-def outlook(report: Report, link: str, gbit_per_s: float, best: str) -> Outlook | None:
-    """MODEL_BYTES over a link of this speed, at the measured share of what the measured link gave. Pure.
-
-    A second replica reads the local disk at the measured speed, whatever the link. A download's load comes after it,
-    at the measured local speed; a mount's load goes on meanwhile. None when something was not measured.
-    """
-    given = [sample.gb_per_s for sample in chosen(report, "gets", f"{link} link")]
-    cases = {case: chosen(report, OURS, f"{link} {case}") for case in CASES}
-    downloads = chosen(report, best, f"{link} first")
-    if not given or not downloads or not all(cases.values()):
-        return None
-    link_gb_per_s, model_gb = gbit_per_s / 8, MODEL_BYTES / 1e9
-    measured = statistics.median(given)
-
-    def cold(case: str) -> float:
-        return _ready(cases[case]) + model_gb / (link_gb_per_s * _load_gb_per_s(cases[case]) / measured)
-
-    fetching = statistics.median(s.bytes / (s.ready_seconds or s.seconds) / 1e9 for s in downloads)
-    return Outlook(
-        first=cold("first"),
-        second=_ready(cases["second"]) + model_gb / _load_gb_per_s(cases["second"]),
-        new=cold("new"),
-        download=model_gb / (link_gb_per_s * fetching / measured) + model_gb / _load_gb_per_s(downloads),
-    )
-
-
-def _ready(samples: list[Sample]) -> float:
-    """Seconds of the mount: they do not grow with the model."""
-    return statistics.median(sample.ready_seconds or 0.0 for sample in samples)
-
-
-def _load_gb_per_s(samples: list[Sample]) -> float:
-    return statistics.median(s.bytes / (s.seconds - (s.ready_seconds or 0.0)) / 1e9 for s in samples)
-
-
-def conclusions(report: Report, names: list[str]) -> list[str]:
-    """Lines below the table: what was promised, and the outlook."""
-    lines: list[str] = []
-    for link in names:
-        for case, wanted in CASES.items():
-            best = best_of(report, DOWNLOADS, f"{link} {case}")
-            value = best and ratio_between(report, (OURS, f"{link} {case}"), (best, f"{link} {case}"))
-            if best and value is not None:
-                lines.append(Verdict(f"{link} {case}: against {best}, then start", float(value), wanted).line())
-        best = best_of(report, DOWNLOADS, f"{link} first")
-        for speed in LINKS_GBIT_PER_S if best else ():
-            seen = outlook(report, link, speed, best or "")
-            if seen:
-                lines.append(
-                    f"140 GB at {speed} Gbit/s by the efficiency on the {link} link: first replica {seen.first:.0f} s, "
-                    f"second {seen.second:.0f} s, new node {seen.new:.0f} s; {best}, then start: {seen.download:.0f} s"
-                )
-        firsts = chosen(report, OURS, f"{link} first")
-        cpu = [value for sample in firsts if (value := sample.cpu_seconds_per_gib) is not None]
-        if cpu:
-            fastest = LINKS_GBIT_PER_S[-1]
-            cores = statistics.median(cpu) * fastest / 8 * 1e9 / 2**30
-            lines.append(f"(at {fastest} Gbit/s the mount's measured CPU would be {cores:.1f} cores of this kind)")
-    return lines
+        return [Sample(peer="gets", workload=f"{self.label} link", round=number, **json.loads(done.stdout))]
 
 
 def run(names: list[str], given: argparse.Namespace, work: Path) -> Report:
     data = Data(work / "buckets")
-    data.make({SHARDS.prefix}, given.mib)
+    wanted = [LOADS[name] for name in given.loads.split(",")]
+    data.make({load.target.prefix for load in wanted}, given.mib)
+    loads = [load for load in wanted if data.has(load.target.prefix)]
+    for line in data.notes:
+        print(f"startup: {line}", flush=True)
     (work / "links").mkdir()
     samples: list[Sample] = []
     failures: list[Failure] = []
     with links(names, data.root, work / "links") as made:
         for number in range(given.rounds):
-            for name in names:
-                startup = Startup(data, made[name], work / "turns")
-                turn(startup, name, number, samples, failures)
+            for load in loads:
+                for name in names:
+                    turn(Startup(data, load, made[name], work / "turns"), number, samples, failures)
             print(f"round {number + 1} of {given.rounds} done", flush=True)
+    versions = {name: [program(VERSIONS[name][0]), *VERSIONS[name][1:]] for name in ("rclone", "s5cmd")}
     report = Report(
         name="startup",
         taken=now(),
-        machine=machine({name: [program(VERSIONS[name][0]), *VERSIONS[name][1:]] for name in ("rclone", "s5cmd")}),
+        machine=machine(versions),
         server="nginx; links " + ", ".join(names),
         object_bytes=given.mib * 2**20,
         rounds=given.rounds,
-        baseline=OURS,
+        baseline=Cachefs.name,
         samples=tuple(samples),
         failures=tuple(failures),
     )
-    return msgspec.structs.replace(report, notes=tuple(conclusions(report, names)))
+    return msgspec.structs.replace(report, notes=(*data.notes, *conclusions(report, names)))
 
 
-def turn(startup: Startup, link: str, number: int, samples: list[Sample], failures: list[Failure]) -> None:
-    """One round on one link: everybody once in each case, in an order that turns."""
-
-    def downloads() -> list[Sample]:
-        return [startup.download(kind(SHARDS), case, number) for case in CASES for kind in (S5cmd, RcloneCopy)]
-
+def turn(startup: Startup, number: int, samples: list[Sample], failures: list[Failure]) -> None:
+    """One round with one load on one link: everybody once, in an order that turns."""
     steps: list[tuple[str, Callable[[], list[Sample]]]] = [
-        ("cachefs", lambda: startup.ours(number)),
-        ("downloads", downloads),
-        ("gets", lambda: [startup.gets(number)]),
+        (Cachefs.name, lambda: startup.ours(number)),
+        (S5cmd.name, lambda: startup.download(S5cmd, number)),
+        (RcloneCopy.name, lambda: startup.download(RcloneCopy, number)),
+        ("gets", lambda: startup.gets(number)),
     ]
     shift = number % len(steps)
     for name, step in steps[shift:] + steps[:shift]:
         try:
             found = step()
         except (BenchError, RuntimeError, subprocess.TimeoutExpired, OSError) as exc:
-            failures.append(Failure(name, link, number, " ".join(str(exc).split())[:300]))
-            print(f"round {number + 1} {link} {name}: FAILED: {exc}", flush=True)
+            failures.append(Failure(name, startup.label, number, " ".join(str(exc).split())[:300]))
+            print(f"round {number + 1} {startup.label} {name}: FAILED: {exc}", flush=True)
             continue
         samples += found
         for sample in found:
             print(f"round {number + 1} {sample.workload} {sample.peer}: {sample.seconds:.2f} s", flush=True)
 
 
+def loads_of(given: str) -> str:
+    """An argument of names of loads; argparse tells of a ValueError."""
+    if unknown := [name for name in given.split(",") if name not in LOADS]:
+        raise ValueError(unknown)
+    return given
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--links", default="constrained")
+    parser.add_argument("--loads", default=",".join(kind.name for kind in KINDS), type=loads_of)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--mib", type=int, default=2048)
+    parser.add_argument("--mib", type=int, default=2048, help="size of a model")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(one, stop_once)
-    work = Path(tempfile.mkdtemp(prefix="cachefs-bench-"))
-    try:
-        report = run(arguments.links.split(","), arguments, work)
-    except KeyboardInterrupt:
-        print("startup: interrupted, cleaned up", file=sys.stderr)
-        return 130
-    except BenchError as exc:
-        print(f"startup: {exc}", file=sys.stderr)
-        return 1
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    target = save(report, arguments.output)
-    plot(report, target.with_suffix(".png"))
-    print(text_table(report))
-    return 1 if any(one.peer == "cachefs" for one in report.failures) else 0
+    names = arguments.links.split(",")
+    return run_and_publish("startup", lambda work: run(names, arguments, work), arguments.output)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,13 @@ workload. `python -m benchmarks.warm --rounds 7 --mib 1024`.
 """
 
 import argparse
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 from . import workloads
-from .cold import RESULTS
+from .frame import RESULTS, run_and_publish
 from .harness import (
     MIB,
     OBJECT,
@@ -27,8 +25,7 @@ from .harness import (
     write_object,
 )
 from .peers import Cachefs, Juicefs, Native, Peer, Rclone, S3fs
-from .plots import plot
-from .report import Report, Sample, now, save, text_table
+from .report import Report, Sample, now
 
 WORKLOADS = ("plain", "mmap", "four", "random")
 PROGRAMS = {"rclone": "version", "s3fs": "--version", "juicefs": "version"}
@@ -108,18 +105,12 @@ def main() -> int:
         "--directory", type=Path, help="file system to measure on (default: that of the temporary files)"
     )
     arguments = parser.parse_args()
-    work = Path(tempfile.mkdtemp(prefix="cachefs-bench-", dir=arguments.directory))
-    try:
-        report = run(arguments.peers.split(","), arguments.rounds, arguments.mib, arguments.server, work)
-    except BenchError as exc:
-        print(f"warm: {exc}", file=sys.stderr)
-        return 1
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    target = save(report, arguments.output)
-    plot(report, target.with_suffix(".png"))
-    print(text_table(report))
-    return 0
+    names = arguments.peers.split(",")
+
+    def make(work: Path) -> Report:
+        return run(names, arguments.rounds, arguments.mib, arguments.server, work)
+
+    return run_and_publish("warm", make, arguments.output, arguments.directory)
 
 
 if __name__ == "__main__":

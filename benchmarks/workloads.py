@@ -1,9 +1,10 @@
 """One way of reading one file, in a process of its own: `python -m benchmarks.workloads KIND PATH` prints JSON.
 
-Interpreter start and imports are outside the clock. Kinds: `sequential` (also digests: for cold reads, where all
-bytes must be compared), `plain` (sequential, nothing but reading), `mmap`, `four` (four processes, each the whole
-file), `random` (4 KiB reads at seeded offsets), `last` (the last 4 KiB). Those of benchmarks/loads.py: `ordered`,
-`shuffled`, `parallel`, `shards`; `minilm`; `gguf`.
+Interpreter start and imports are outside the clock (`began` in the answer: its start, by perf_counter()). Kinds:
+`sequential` (also digests: for cold reads, where all bytes must be compared), `plain` (sequential, nothing but
+reading), `mmap`, `four` (four processes, each the whole file), `random` (4 KiB reads at seeded offsets), `last` (the
+last 4 KiB). Those of benchmarks/loads.py: `ordered`, `shuffled`, `parallel`, `shards`; `minilm`; `gguf`,
+`gguf-large`.
 """
 
 import hashlib
@@ -143,6 +144,7 @@ KINDS: dict[str, Callable[[str], dict[str, Any]]] = {
     "shards": loads.shards,
     "minilm": minilm,
     "gguf": gguf.serve,
+    "gguf-large": gguf.serve,
 }
 
 
@@ -157,4 +159,5 @@ def run(kind: str, path: str, timeout_s: float = 900.0) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    json.dump(KINDS[sys.argv[1]](sys.argv[2]), sys.stdout)
+    began = time.perf_counter()
+    json.dump(KINDS[sys.argv[1]](sys.argv[2]) | {"began": began}, sys.stdout)

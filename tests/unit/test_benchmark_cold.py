@@ -10,7 +10,6 @@ from benchmarks.harness import BenchError, Machine
 from benchmarks.links import PLANS
 from benchmarks.loads import MIB, ordered, parallel, shards, shuffled, tensor_sizes, write_safetensors, write_shards
 from benchmarks.report import Failure, Report, Sample, best_of, ratio_between, text_table
-from benchmarks.startup import MODEL_BYTES, conclusions, outlook
 from benchmarks.verdicts import Verdict, verdicts
 
 MACHINE = Machine(processor="some", cores=2, memory_gib=8.0, kernel="6.9", python="3.11", versions={})
@@ -147,32 +146,3 @@ def test_failures_and_notes_stand_below_the_table() -> None:
     text = text_table(report(sample("cachefs", "w", 1.0), failures=(failure,), notes=("skipped: geesefs",)))
     assert "skipped: geesefs\n" in text
     assert "failed: faults sequential s3fs round 3: wrong bytes\n" in text
-
-
-def test_outlook_scales_what_comes_over_the_link_and_nothing_else() -> None:
-    """1 GB: a link of 0.25 GB/s fully used, mounts of 1 s, a local load at 2 GB/s."""
-    made = report(
-        sample("gets", "constrained link", 4.0),
-        sample("cachefs", "constrained first", 5.0, ready_seconds=1.0, cpu_seconds=1.0),
-        sample("cachefs", "constrained second", 1.5, ready_seconds=1.0),
-        sample("cachefs", "constrained new", 9.0, ready_seconds=1.0),
-        *(sample("s5cmd", f"constrained {case}", 8.5, ready_seconds=8.0) for case in ("first", "second", "new")),
-    )
-    seen = outlook(made, "constrained", 10, "s5cmd")
-    assert seen is not None
-    model_gb = MODEL_BYTES / 1e9
-    assert seen.first == pytest.approx(1 + model_gb / 1.25)
-    assert seen.second == pytest.approx(1 + model_gb / 2)
-    assert seen.new == pytest.approx(1 + model_gb / 0.625)
-    assert seen.download == pytest.approx(model_gb / 0.625 + model_gb / 2)
-    fast = outlook(made, "constrained", 100, "s5cmd")
-    assert fast is not None
-    assert fast.second == seen.second
-    lines = conclusions(made, ["constrained"])
-    assert sum(line.startswith("140 GB at ") for line in lines) == 2
-    assert any(line.startswith("kept: constrained first") for line in lines)
-    assert any(line.startswith("MISSED: constrained second") for line in lines)
-
-
-def test_no_outlook_without_all_its_measurements() -> None:
-    assert outlook(report(sample("gets", "slow link", 4.0)), "slow", 10, "s5cmd") is None
