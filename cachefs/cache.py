@@ -222,14 +222,17 @@ class ChunkCache:
 
     # -- background
 
-    def offer(self, store: Store, object_id: ObjectId, index: int) -> bool:
-        """Start a background fill of a chunk. False: no room for one now. True: local, in flight, or started."""
+    def offer(self, store: Store, object_id: ObjectId, index: int, *, spare: bool = False) -> bool:
+        """Start a background fill of a chunk. False: no room for one now. True: local, in flight, or started.
+
+        `spare`: nobody is known to want it soon, so it leaves half of the source's pace to those who do.
+        """
         cached = self._blobs.find(object_id)
         if cached is None:
             cached = self._blobs.use(object_id)
         if index in cached.fills or cached.states[index] in (CHECKED, WRITTEN):
             return True
-        started = self._fills.offer(store, cached, index)
+        started = self._fills.offer(store, cached, index, spare=spare)
         self._blobs.forget_if_empty(cached)
         return started
 
@@ -271,6 +274,43 @@ class ChunkCache:
     def is_local(self, object_id: ObjectId, index: int) -> bool:
         cached = self._blobs.find(object_id)
         return cached is not None and cached.states[index] != ABSENT
+
+    def has(self, object_id: ObjectId, index: int) -> bool:
+        """Local, or on its way."""
+        cached = self._blobs.find(object_id)
+        return cached is not None and (cached.states[index] != ABSENT or index in cached.fills)
+
+    def has_head(self, object_id: ObjectId, length: int) -> bool:
+        """Whether the first `length` bytes are here, in a buffer or in the blob."""
+        cached = self._blobs.find(object_id)
+        if cached is None:
+            return False
+        for span in chunk.chunk_spans(object_id.size, 0, length):
+            fill = cached.fills.get(span.index)
+            if cached.states[span.index] == ABSENT and (fill is None or not fill.has(span)):
+                return False
+        return True
+
+    async def peek(self, object_id: ObjectId, length: int) -> bytes | None:
+        """A copy of the first `length` bytes if all are here, for hints: no read that counts, never a request.
+
+        What comes from the blob is not checked against its digest.
+        """
+        parts: list[bytes] = []
+        for span in chunk.chunk_spans(object_id.size, 0, length):
+            cached = self._blobs.find(object_id)
+            if cached is None or not self.has_head(object_id, length):
+                return None
+            fill = cached.fills.get(span.index)
+            if fill is not None and fill.buffer is not None and fill.has(span):
+                parts.append(bytes(fill.buffer.view[span.start : span.stop]))
+                continue
+            generation = cached.generation
+            data = await self._fills.read_span(cached, chunk.chunk_offset(span.index) + span.start, span.length)
+            if data is None or cached.generation != generation:
+                return None
+            parts.append(data)
+        return b"".join(parts)
 
     def local_bytes(self, object_id: ObjectId) -> int:
         cached = self._blobs.find(object_id)

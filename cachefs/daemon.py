@@ -23,6 +23,7 @@ from cachefs import control, fuse, logs
 from cachefs.config import read_credentials
 from cachefs.core import Core, first_error, open_core
 from cachefs.errors import CachefsError, UsageError, WorkFailed
+from cachefs.hints import Hints
 from cachefs.ledger import Ledger
 from cachefs.link import KeeperLink
 from cachefs.metrics import Metrics, serve_metrics
@@ -111,6 +112,7 @@ async def _run(link: KeeperLink) -> None:
             link=link,
             ledger=ledger,
             metrics=metrics,
+            hints=Hints(core.cache, tree, core.offload),
             private_root=link.on_node,  # pods get binds; whose volume is whose is between them
         )
         server = Server(core=core, tree=tree, link=link, ledger=ledger, vfs=vfs, metrics=metrics)

@@ -26,7 +26,7 @@ from cachefs.metrics import Metrics
 from cachefs.notifier import Notifier
 from cachefs.openfiles import OpenFiles, OpenInode, inode_of, passthrough_handle
 from cachefs.passthrough import SELF_CHECK_INODE, BackingReplaced, Passthrough, unavailable_reason
-from cachefs.prefetch import Prefetcher
+from cachefs.prefetch import Known, Place, Prefetcher
 from cachefs.store import Store
 from cachefs.tree import ROOT_INODE, Node, Tree
 
@@ -64,7 +64,8 @@ class Cache(Protocol):
     on_sealed: Callable[[ObjectId], None]
 
     async def read(self, store: Store, object_id: ObjectId, offset: int, length: int) -> bytes | memoryview: ...
-    def offer(self, store: Store, object_id: ObjectId, index: int) -> bool: ...
+    def offer(self, store: Store, object_id: ObjectId, index: int, *, spare: bool = False) -> bool: ...
+    def has(self, object_id: ObjectId, index: int) -> bool: ...
     async def ensure(self, store: Store, object_id: ObjectId, index: int) -> None: ...
     async def open_sealed(self, object_id: ObjectId) -> int | None: ...
     def is_local(self, object_id: ObjectId, index: int) -> bool: ...
@@ -114,9 +115,13 @@ class Vfs:
         link: KeeperLink,
         ledger: Ledger,
         metrics: Metrics,
+        hints: Known | None = None,
         private_root: bool = False,
     ) -> None:
-        """`private_root`: nobody on this machine but root and this user reaches the volumes from the FUSE root."""
+        """`private_root`: nobody on this machine but root and this user reaches the volumes from the FUSE root.
+
+        Without `hints` readahead knows nothing of files but what is read of them.
+        """
         self._private_root = private_root
         self._tree = tree
         self._cache = cache
@@ -128,7 +133,7 @@ class Vfs:
             masked="passthrough" in disabled, offered="passthrough" in features(link.session.init, disabled)
         )
         self._passthrough = Passthrough(link, cache, self._is_known, reason)
-        self._prefetcher = Prefetcher(cache)
+        self.prefetcher = Prefetcher(cache, hints)
         self._ledger = ledger
         self._metrics = metrics
         self._hits = metrics.read_requests.labels("hit")
@@ -169,7 +174,7 @@ class Vfs:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             self._cache.on_sealed = self.on_sealed
-            nursery.start_soon(self._prefetcher.run)
+            nursery.start_soon(self.prefetcher.run)
             task_status.started()
             try:
                 await trio.sleep_forever()
@@ -344,7 +349,7 @@ class Vfs:
             raise StaleInode(f"{node.path} has another blob now") from None
 
     async def release(self, handle: int) -> None:
-        self._prefetcher.forget(handle)
+        self.prefetcher.forget(handle)
         inode = inode_of(handle)
         if inode == SELF_CHECK_INODE:
             return
@@ -376,10 +381,11 @@ class Vfs:
         if object_id is None:
             raise IsADirectory(f"{node.path} is a directory")
         store = self._tree.volume(node.view).store
-        self._prefetcher.note_read(handle, store, object_id, offset, length)
+        self.prefetcher.note_read(handle, store, object_id, offset, length, Place(node.parent, node.name))
         if all(self._cache.is_local(object_id, span.index) for span in chunk_spans(object_id.size, offset, length)):
             data = await self._cache.read(store, object_id, offset, length)
             self._hits.inc()
+            self.prefetcher.note_served(handle)
             return data
         waiting = self._waiting.get(node.view)
         if waiting is None:
@@ -397,6 +403,7 @@ class Vfs:
                 # It may be the answer to another principal, whose fill was joined: now with our own credentials.
                 data = await self._cache.read(store, object_id, offset, length)
             self._misses.inc()
+            self.prefetcher.note_served(handle)
             return data
         except (ObjectChanged, NotFound) as exc:
             await self._refresh(node.parent)

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachefs.chunk import CHUNK_BYTES, MIB, chunk_count
+from cachefs.formats import Layout
 from cachefs.readahead import STREAMS_MAX, WINDOWS, Readahead
 
 GIB = 1024 * MIB
@@ -71,6 +72,177 @@ def test_repeated_read_of_the_same_bytes_changes_nothing():
     readahead = Readahead()
     readahead.advance(0, 4096, GIB)
     assert not readahead.advance(0, 4096, GIB)
+
+
+# -- with the layout of the file known
+
+TENSORS = Layout([(CHUNK_BYTES * 10 * n + 1000, CHUNK_BYTES * 10 * (n + 1) + 1000) for n in range(12)])
+"""12 tensors of ten chunks each, the first behind a header of 1000 bytes."""
+SIZE = TENSORS.spans()[-1][1]
+
+
+def test_jump_to_a_tensor_wants_all_of_it_at_once_and_nothing_behind_it():
+    readahead = Readahead()
+    readahead.advance(0, 4096, SIZE, TENSORS)
+    start, stop = TENSORS.spans()[3]
+    readahead.advance(start, 4096, SIZE, TENSORS)
+    wanted = list(readahead.wanted())
+    assert wanted[:10] == list(range(31, 41)) == list(range(chunk_count(start), chunk_count(stop)))
+    assert wanted[10:] == [1, 2]  # of the start of the file
+
+
+def test_page_fault_that_begins_in_the_tensor_before_is_for_the_one_behind_it():
+    readahead = Readahead()
+    start, _ = TENSORS.spans()[3]
+    readahead.advance(start - 64 * 1024, 128 * 1024, SIZE, TENSORS)
+    assert list(readahead.wanted()) == list(range(31, 41))
+
+
+def test_huge_tensor_is_wanted_by_the_window():
+    layout = Layout([(CHUNK_BYTES, 100 * CHUNK_BYTES), (100 * CHUNK_BYTES, 200 * CHUNK_BYTES)])
+    readahead = Readahead()
+    readahead.advance(100 * CHUNK_BYTES, 4096, 200 * CHUNK_BYTES, layout)
+    assert list(readahead.wanted()) == list(range(101, 125))
+
+
+def test_jump_into_the_middle_of_a_tensor_has_to_prove_itself():
+    readahead = Readahead()
+    start, _ = TENSORS.spans()[3]
+    readahead.advance(start + 3 * CHUNK_BYTES, 4096, SIZE, TENSORS)
+    assert list(readahead.wanted()) == []
+
+
+def test_tensor_read_to_its_end_opens_no_other_until_the_reader_gets_there():
+    readahead = Readahead()
+    start, stop = TENSORS.spans()[3]
+    for offset in range(start, stop, MIB):
+        readahead.advance(offset, min(MIB, stop - offset), SIZE, TENSORS)
+    assert list(readahead.wanted()) == []
+    for offset in range(stop, stop + 3 * MIB, MIB):
+        readahead.advance(offset, MIB, SIZE, TENSORS)
+    assert list(readahead.wanted()) == list(range(41, 65))
+
+
+def test_layout_changes_nothing_for_a_sequential_reader():
+    plain, knowing = Readahead(), Readahead()
+    for offset in range(0, SIZE, MIB):
+        plain.advance(offset, MIB, SIZE)
+        knowing.advance(offset, MIB, SIZE, TENSORS)
+        assert plain.wanted() == knowing.wanted()
+        assert plain.beyond() == knowing.beyond()
+        assert knowing.spare(SIZE) is None
+
+
+def test_layout_that_comes_after_the_jump_opens_its_window():
+    readahead = Readahead()
+    start, _ = TENSORS.spans()[3]
+    readahead.advance(start, 4096, SIZE)
+    assert list(readahead.wanted()) == []
+    assert readahead.learned(SIZE, TENSORS)
+    assert list(readahead.wanted()) == list(range(31, 41))
+    assert not readahead.learned(SIZE, TENSORS)
+
+
+def spares(readahead: Readahead, size: int = SIZE, most: int = 1000) -> list[int]:
+    found: list[int] = []
+    while len(found) < most and (index := readahead.spare(size)) is not None:
+        found.append(index)
+        readahead.spare_done(started=True)
+    return found
+
+
+def jump(readahead: Readahead, number: int, length: int = 4096) -> None:
+    readahead.advance(TENSORS.spans()[number][0], length, SIZE, TENSORS)
+
+
+def test_reader_of_one_tensor_has_no_use_for_the_rest():
+    readahead = Readahead()
+    readahead.advance(0, 4096, SIZE, TENSORS)
+    jump(readahead, 3)
+    jump(readahead, 3)
+    assert spares(readahead) == []
+
+
+def test_second_tensor_makes_a_load_and_the_rest_follows_in_file_order():
+    readahead = Readahead()
+    jump(readahead, 3)
+    jump(readahead, 7)
+    assert spares(readahead) == list(range(81, 81 + WINDOWS[-1]))  # until more is read
+
+
+def test_rest_is_never_more_than_what_was_read_and_a_window():
+    readahead = Readahead()
+    jump(readahead, 3)
+    jump(readahead, 7, 5 * CHUNK_BYTES)
+    assert len(spares(readahead)) == WINDOWS[-1] + 5
+    jump(readahead, 9, 2 * CHUNK_BYTES)
+    assert len(spares(readahead)) == 2
+
+
+def test_rest_goes_round_the_file_once_and_then_a_window_behind_its_end():
+    readahead = Readahead()
+    jump(readahead, 3)
+    jump(readahead, 7, 10 * CHUNK_BYTES)
+    for _ in range(40):
+        jump(readahead, 7, 10 * CHUNK_BYTES)
+    count = chunk_count(SIZE)
+    assert spares(readahead) == [*range(81, count), *range(81), *range(count, count + WINDOWS[-1])]
+
+
+def test_local_chunks_do_not_count():
+    readahead = Readahead()
+    jump(readahead, 3)
+    jump(readahead, 7)
+    for _ in range(30):
+        assert readahead.spare(SIZE) is not None
+        readahead.spare_done(started=False)
+    assert len(spares(readahead)) == WINDOWS[-1]
+
+
+# -- behind the end of the file
+
+
+def test_window_goes_on_behind_the_end_for_the_file_that_is_read_next():
+    readahead = Readahead()
+    size = 30 * CHUNK_BYTES
+    for offset in range(0, size, MIB):
+        readahead.advance(offset, MIB, size)
+        assert len(readahead.wanted()) + readahead.beyond() == WINDOWS[-1] or offset < 2 * MIB
+    assert readahead.beyond() == WINDOWS[-1]
+
+
+def test_header_of_a_small_file_opens_nothing_behind_it():
+    readahead = Readahead()
+    readahead.advance(0, 1 * MIB, CHUNK_BYTES)
+    assert readahead.beyond() == 0
+
+
+@settings(deadline=None)
+@given(
+    tensors=st.lists(st.tuples(st.integers(0, CHUNK_BYTES), st.integers(1, 12 * CHUNK_BYTES)), max_size=12),
+    reads=st.lists(st.tuples(st.integers(0, 64 * CHUNK_BYTES), st.integers(0, 2 * MIB)), max_size=40),
+    known_from=st.integers(0, 40),
+)
+def test_any_layout_and_any_reads_want_what_exists_within_the_bounds(tensors, reads, known_from):
+    spans, at = [], 8
+    for gap, length in tensors:
+        spans.append((at + gap, at + gap + length))
+        at = spans[-1][1]
+    layout, size = Layout(spans), at
+    readahead = Readahead()
+    taken = 0
+    for number, (offset, length) in enumerate(reads):
+        readahead.advance(offset, length, size, layout if number >= known_from else None)
+        if number == known_from:
+            readahead.learned(size, layout)
+        wanted = list(readahead.wanted())
+        assert len(wanted) == len(set(wanted)) <= STREAMS_MAX * WINDOWS[-1]
+        assert all(0 <= index < chunk_count(size) for index in wanted)
+        assert 0 <= readahead.beyond() <= WINDOWS[-1]
+        found = spares(readahead, size)
+        assert all(0 <= index < chunk_count(size) + WINDOWS[-1] for index in found)
+        taken += len(found)
+    assert taken <= WINDOWS[-1] + sum(length for _, length in reads) // CHUNK_BYTES
 
 
 @settings(deadline=None)

@@ -11,6 +11,7 @@ import trio
 
 from cachefs.cache import ChunkCache
 from cachefs.config import MountConfig, VolumeConfig
+from cachefs.hints import Hints
 from cachefs.kernel import wire
 from cachefs.kernel.session import Backing, Session
 from cachefs.ledger import Ledger
@@ -89,8 +90,11 @@ class FakeNotifier:
 class Stage:
     """One server's life. `keeper` and `ledger_fd` outlive it."""
 
-    def __init__(self, vfs: Vfs, tree: Tree, cache: ChunkCache, keeper: FakeKeeper, notifier: FakeNotifier) -> None:
+    def __init__(
+        self, vfs: Vfs, tree: Tree, cache: ChunkCache, keeper: FakeKeeper, notifier: FakeNotifier, hints: Hints
+    ) -> None:
         self.vfs = vfs
+        self.hints = hints
         self.tree = tree
         self.cache = cache
         self.keeper = keeper
@@ -168,6 +172,7 @@ class Mount:
             self.generation += 1
             notifier = FakeNotifier()
             ledger = Ledger(self.ledger_fd)
+            hints = Hints(cache, tree, offload)
             vfs = Vfs(
                 tree=tree,
                 cache=cache,
@@ -175,6 +180,7 @@ class Mount:
                 link=cast(KeeperLink, FakeLink(self.keeper, session)),
                 ledger=ledger,
                 metrics=cache._metrics,
+                hints=hints,
             )
             await nursery.start(snapshots.run)
             await nursery.start(tree.run)
@@ -183,6 +189,7 @@ class Mount:
                 name = f"v{number}"
                 await tree.add_volume(VolumeConfig(name=name, source=store.url, uid=11, gid=12), cast(Store, store))
             vfs.adopt(extension_built=True)
-            yield Stage(vfs, tree, cache, self.keeper, notifier)
+            yield Stage(vfs, tree, cache, self.keeper, notifier, hints)
             vfs.check_invariants()
+            hints.check_invariants()
             nursery.cancel_scope.cancel()
