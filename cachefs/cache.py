@@ -280,6 +280,12 @@ class ChunkCache:
         cached = self._blobs.find(object_id)
         return cached is not None and (cached.states[index] != ABSENT or index in cached.fills)
 
+    def is_filling(self, object_id: ObjectId, index: int) -> bool:
+        """On its way: the fill has not come to its end."""
+        cached = self._blobs.find(object_id)
+        fill = cached.fills.get(index) if cached is not None else None
+        return fill is not None and not fill.held
+
     def has_head(self, object_id: ObjectId, length: int) -> bool:
         """Whether the first `length` bytes are here, in a buffer or in the blob."""
         cached = self._blobs.find(object_id)

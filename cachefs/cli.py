@@ -43,6 +43,11 @@ volume_options = _stack(
     click.option("--exclude", metavar="GLOB", multiple=True, help="Hide matching paths (repeatable)."),
     click.option("--uid", metavar="N", help="The owner that files show."),
     click.option("--gid", metavar="N", help="The group that files show."),
+    click.option(
+        "--prefetch",
+        type=click.Choice(["auto", "none", "all"]),
+        help="What is fetched before it is read: a model's small files, nothing, everything.",
+    ),
 )
 server_options = _stack(
     click.option("--cache-size", metavar="SIZE", help="Most bytes to keep: 50GiB, or 80% of the file system."),

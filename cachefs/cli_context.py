@@ -48,7 +48,7 @@ class Command(msgspec.Struct, frozen=True):
     def source_config(self, source: str) -> VolumeConfig:
         """SOURCE[/PATH] of a data command: only what finds it counts."""
         config = self.volume_config(source)
-        return msgspec.structs.replace(config, name="", uid=0, gid=0)
+        return msgspec.structs.replace(config, name="", uid=0, gid=0, prefetch="auto")
 
 
 def check_source(source: str) -> str:

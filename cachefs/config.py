@@ -26,6 +26,8 @@ class VolumeConfig(msgspec.Struct, frozen=True, kw_only=True):
     exclude: tuple[str, ...] = ()
     uid: int = 0
     gid: int = 0
+    prefetch: Literal["auto", "none", "all"] = "auto"
+    """Fetched before anybody reads: the small files of models, nothing, or everything."""
     principal: str = ""
     """Node mode: a digest of who asked, and with whose key; listings are shared by the same principal only."""
 

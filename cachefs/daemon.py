@@ -20,6 +20,7 @@ from collections.abc import Callable
 import trio
 
 from cachefs import control, fuse, logs
+from cachefs.ahead import Ahead
 from cachefs.config import read_credentials
 from cachefs.core import Core, first_error, open_core
 from cachefs.errors import CachefsError, UsageError, WorkFailed
@@ -115,13 +116,22 @@ async def _run(link: KeeperLink) -> None:
             hints=Hints(core.cache, tree, core.offload),
             private_root=link.on_node,  # pods get binds; whose volume is whose is between them
         )
-        server = Server(core=core, tree=tree, link=link, ledger=ledger, vfs=vfs, metrics=metrics)
-        await _serve(link, core, tree, notifier, vfs, server, ledger)
+        ahead = Ahead(core, vfs.prefetcher)
+        tree.on_listed = ahead.listed
+        server = Server(core=core, tree=tree, link=link, ledger=ledger, vfs=vfs, metrics=metrics, ahead=ahead)
+        await _serve(link, core, tree, notifier, vfs, server, ledger, ahead)
     # The index is closed: whoever waits for the lock finds all in order.
 
 
 async def _serve(
-    link: KeeperLink, core: Core, tree: Tree, notifier: Notifier, vfs: Vfs, server: Server, ledger: Ledger
+    link: KeeperLink,
+    core: Core,
+    tree: Tree,
+    notifier: Notifier,
+    vfs: Vfs,
+    server: Server,
+    ledger: Ledger,
+    ahead: Ahead,
 ) -> None:
     config = link.session.config
     stop = trio.Event()
@@ -143,7 +153,7 @@ async def _serve(
             from cachefs.publications import Publications
 
             assert isinstance(link, NodeLink)
-            publications = Publications(core=core, tree=tree, link=link, ledger=ledger)
+            publications = Publications(core=core, tree=tree, link=link, ledger=ledger, ahead=ahead)
             await nursery.start(publications.run)
             methods = {name: method for name, method in methods.items() if name not in NOT_ON_NODES}
             methods |= publications.methods()
@@ -159,6 +169,7 @@ async def _serve(
         if not link.on_node:
             nursery.start_soon(server.watch_binds)
         link.ready()
+        nursery.start_soon(ahead.run)
         log.info("serving %d volumes", len(core.volumes))
         await ended.wait()
         nursery.cancel_scope.cancel()

@@ -9,15 +9,15 @@ hands to the next server process.
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
 import trio
 
 from cachefs import __version__
+from cachefs.ahead import Ahead
 from cachefs.cached import Pin
-from cachefs.chunk import chunk_count
 from cachefs.control import Caller, Method, Params, Progress
 from cachefs.core import Core
 from cachefs.errors import (
@@ -42,10 +42,6 @@ from cachefs.work import convert
 log = logging.getLogger(__name__)
 
 KEYS_MAX = 10_000
-PREFETCH_CHUNKS = 8
-SMALL_BYTES = 1024 * 1024
-"""What prefetch "auto" fetches at publish: configurations and tokenizers, which every load reads first."""
-SMALL_OBJECTS_MAX = 64
 SWEEP_S = 2.0
 PUBLISH_DEADLINE_S = 90.0
 PROVEN_S = 600.0
@@ -57,8 +53,9 @@ class Publications:
 
     # INVARIANT: every publication's view is in _views, and its key in that view's `publications` unless it is gone.
 
-    def __init__(self, *, core: Core, tree: Tree, link: NodeLink, ledger: Ledger) -> None:
+    def __init__(self, *, core: Core, tree: Tree, link: NodeLink, ledger: Ledger, ahead: Ahead) -> None:
         self._core = core
+        self._ahead = ahead
         self._tree = tree
         self._keep = link.keep
         self._node = link.node
@@ -109,6 +106,8 @@ class Publications:
             if publication.key in given:
                 self._given[publication.key] = given[publication.key]
                 view.keys.give(given[publication.key])
+            if not publication.gone and (publication.kind == "anonymous" or view.keys.given is not None):
+                self._ahead.start(view.volume, publication.prefetch, top=view.store.layout, look=False)
         log.info("%d published volumes, %d with credentials", len(self._publications), len(self._given))
 
     # Requests
@@ -156,7 +155,7 @@ class Publications:
             self._publications[request.key] = publication
             view.publications.add(request.key)
             await self._give(request.key, request.credentials)
-        self._start_prefetch(view, publication)
+        self._ahead.start(view.volume, publication.prefetch, top=view.store.layout)
         log.info("published %s as %s", publication.source, publication.view)
         return publication.view
 
@@ -215,7 +214,7 @@ class Publications:
             self._publications[key] = gone
             view.publications.discard(key)
             if not view.publications:
-                view.stop_background()
+                self._ahead.stop(view.volume)
             if publication.pin and not any(self._publications[other].pin for other in view.publications):
                 await self._core.cache.unpin(self._pin(view, publication).pin_id)
             await self._sweep_one(gone, self._open_views())
@@ -283,7 +282,7 @@ class Publications:
 
     def _remove_view(self, name: str) -> None:
         view = self._views.pop(name)
-        view.stop_background()
+        self._ahead.stop(view.volume)
         self._tree.remove_volume(name)
         self._core.volumes.pop(name, None)
         view.store.close()
@@ -318,50 +317,6 @@ class Publications:
     def _pin(self, view: View, publication: Publication) -> Pin:
         path = view.store.key_of_source()
         return Pin(f"csi-{publication.view}", view.store.identity, path, time.time())
-
-    def _start_prefetch(self, view: View, publication: Publication) -> None:
-        assert self._nursery is not None
-        if publication.prefetch != "none":
-            self._nursery.start_soon(self._prefetch, view, publication.prefetch == "all")
-
-    async def _prefetch(self, view: View, everything: bool) -> None:
-        scope = trio.CancelScope()
-        view.background.add(scope)
-        try:
-            with scope:
-                chunks = self._wanted(view, everything)
-                turn = trio.Lock()
-                async with trio.open_nursery() as nursery:
-                    for _ in range(PREFETCH_CHUNKS):
-                        nursery.start_soon(self._fetch_some, view, chunks, turn)
-        except* CachefsError as group:
-            log.info("prefetch of %s ends: %s", view.volume.name, group.exceptions[0])
-        except* Exception:  # our own bug must not end the server
-            log.exception("prefetch of %s failed", view.volume.name)
-        finally:
-            view.background.discard(scope)
-
-    async def _fetch_some(self, view: View, chunks: AsyncIterator[tuple[Any, int]], turn: trio.Lock) -> None:
-        while True:
-            async with turn:
-                item = await anext(chunks, None)
-            if item is None:
-                return
-            await self._core.cache.ensure(view.store, *item)
-
-    async def _wanted(self, view: View, everything: bool) -> AsyncIterator[tuple[Any, int]]:
-        snapshots, cache = self._core.snapshots, self._core.cache
-        small = 0
-        async for directory, entry in snapshots.walk(view.volume, "" if everything else view.store.layout):
-            if not everything and (directory != view.store.layout or small >= SMALL_OBJECTS_MAX):
-                return
-            if not everything and entry.size > SMALL_BYTES:
-                continue
-            small += 1
-            object_id = snapshots.object_id(view.volume, directory, entry)
-            for index in range(chunk_count(object_id.size)):
-                if not cache.is_local(object_id, index):
-                    yield object_id, index
 
     async def _sweep(self) -> None:
         gone = [publication for publication in self._publications.values() if publication.gone]

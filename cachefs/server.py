@@ -11,6 +11,7 @@ import msgspec
 import trio
 
 from cachefs import __version__
+from cachefs.ahead import Ahead
 from cachefs.binds import LOOK_S, Lifetimes, MountChanges, bound_at
 from cachefs.config import ServerConfig, VolumeConfig
 from cachefs.control import Caller, Method, Params, Progress
@@ -37,13 +38,24 @@ class ServerStopping(CachefsError):
 class Server:
     """One per process, on the trio thread."""
 
-    def __init__(self, *, core: Core, tree: Tree, link: KeeperLink, ledger: Ledger, vfs: Vfs, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        *,
+        core: Core,
+        tree: Tree,
+        link: KeeperLink,
+        ledger: Ledger,
+        vfs: Vfs,
+        metrics: Metrics,
+        ahead: Ahead,
+    ) -> None:
         self._core = core
         self._tree = tree
         self._link = link
         self._ledger = ledger
         self._vfs = vfs
         self._metrics = metrics
+        self._ahead = ahead
         self._config = link.session.config
         self._started_s = time.time()
         self._lifetimes = Lifetimes(trio.current_time, core.config.bind_timeout_s)
@@ -67,6 +79,7 @@ class Server:
         volume = await self._tree.add_volume(config, store)
         self._core.volumes[config.name] = volume
         self._lifetimes.expect(config.name)
+        self._ahead.start(volume, config.prefetch, look=probe)
 
     async def _probe(self, config: VolumeConfig, *, known: bool) -> None:
         store = self._core.open_store(config)
@@ -80,6 +93,7 @@ class Server:
             raise UsageError(f"{config.source} cannot be mounted: {exc}{hint}") from exc
 
     def _remove(self, name: str) -> None:
+        self._ahead.stop(self._core.volumes[name])
         self._tree.remove_volume(name)
         del self._core.volumes[name]
         self._lifetimes.removed(name)

@@ -166,6 +166,7 @@ VOLUME_PARSERS: dict[str, Callable[[str], Any]] = {
     "exclude": _items,
     "uid": _identifier,
     "gid": _identifier,
+    "prefetch": _one_of("auto", "none", "all"),
 }
 PARSERS = SERVER_PARSERS | VOLUME_PARSERS
 
@@ -223,6 +224,7 @@ def _defaults(environ: Mapping[str, str], uid: int, gid: int) -> dict[str, Any]:
         "exclude": (),
         "uid": uid,
         "gid": gid,
+        "prefetch": "auto",
     }
 
 
@@ -354,7 +356,10 @@ def chosen_server_options(settings: Settings, config: ServerConfig) -> dict[str,
 def volume_name(config: VolumeConfig) -> str:
     """The same for the same source and options: its view, and so its inode numbers, come back at the next mount."""
     last = re.sub(r"[^A-Za-z0-9._-]+", "-", config.source.rstrip("/").rpartition("/")[2])[:40].strip(".-")
-    digest = hashlib.blake2b(msgspec.json.encode(msgspec.structs.replace(config, name="")), digest_size=5)
+    parts = msgspec.to_builtins(msgspec.structs.replace(config, name=""))
+    if parts["prefetch"] == "auto":  # names are those that they were before there was a choice
+        del parts["prefetch"]
+    digest = hashlib.blake2b(msgspec.json.encode(parts), digest_size=5)
     return f"{last or 'volume'}-{digest.hexdigest()}"
 
 

@@ -11,6 +11,7 @@ What is kept is what the store has; a volume's include and exclude patterns appl
 So volumes of the same source and the same principal share listings.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -34,6 +35,9 @@ from cachefs.store import ObjectInfo, Store
 
 INLINE_DECODE_BYTES = 256 * 1024
 """Larger stored listings (above about 2,000 entries, 2 ms) are decoded in a thread."""
+
+SHORT_ENTRIES = 900
+"""With more names a directory takes more than one LIST (1,000 keys, of which some are markers)."""
 
 STALE_FOR_S = 10.0
 """After the store did not answer, further directories are shown from old listings for so long without asking it."""
@@ -122,19 +126,18 @@ def join(directory: str, name: str) -> str:
 
 
 def list_directory(
-    store: Store, directory: str, on_page: Callable[[], None] | None = None
+    store: Store, directory: str, on_page: Callable[[int], None] | None = None
 ) -> tuple[tuple[Entry, ...], int]:
     """All pages of one directory (blocks), as entries sorted by name, and how many keys no name can stand for.
 
-    Nothing is assumed of the order of keys; a name that comes on two pages counts once.
+    Nothing is assumed of the order of keys; a name that comes on two pages counts once. `on_page` is told how many
+    names there are so far after each page.
     """
     base = f"{directory}/" if directory else ""
     files: dict[str, ObjectInfo] = {}
     directories: set[str] = set()
     hidden = 0
     for page in store.list_directory(directory):
-        if on_page is not None:
-            on_page()
         for prefix in page.prefixes:
             if is_showable(prefix):
                 directories.add(prefix)
@@ -146,6 +149,8 @@ def list_directory(
                 hidden += name != "" or info.size > 0  # not the directory's own marker
             else:
                 files[name] = info
+        if on_page is not None:
+            on_page(len(files) + len(directories))
     return tuple(_entries(files, directories)), hidden
 
 
@@ -169,6 +174,10 @@ def _entry_name(entry: Entry) -> str:
 
 def _as_listing(stored: _Stored) -> Listing:
     return Listing(stored.entries, stored.frozen_s, stored.session, stored.hidden)
+
+
+class _TooLongError(Exception):
+    """The directory has more names than whoever asked wanted to list."""
 
 
 class Snapshots:
@@ -216,7 +225,20 @@ class Snapshots:
         held = self._memory.get(key)
         if held is not None:
             return volume.filtered(directory, held[1])
-        listing = await self._flights.join(key, functools.partial(self._load, key, volume, directory))
+        while True:
+            with contextlib.suppress(_TooLongError):  # of a freeze_short() that was joined
+                listing = await self._flights.join(key, functools.partial(self._load, key, volume, directory))
+                return volume.filtered(directory, listing)
+
+    async def freeze_short(self, volume: Volume, directory: str) -> Listing | None:
+        """As freeze(); None for a directory that is not frozen and takes more than one LIST."""
+        key = self._key(volume, directory)
+        try:
+            listing = await self._flights.join(
+                key, functools.partial(self._load, key, volume, directory, entries_max=SHORT_ENTRIES)
+            )
+        except _TooLongError:
+            return None
         return volume.filtered(directory, listing)
 
     async def refreeze(self, volume: Volume, directory: str) -> Listing:
@@ -227,8 +249,10 @@ class Snapshots:
         if self._offline:
             raise Offline(f"{join(volume.store.url, directory)} cannot be listed again offline")
         key = self._key(volume, directory)
-        listing = await self._flights.join_later(key, functools.partial(self._list, key, volume, directory))
-        return volume.filtered(directory, listing)
+        while True:
+            with contextlib.suppress(_TooLongError):
+                listing = await self._flights.join_later(key, functools.partial(self._list, key, volume, directory))
+                return volume.filtered(directory, listing)
 
     def peek(self, volume: Volume, directory: str) -> Listing | None:
         """What memory or else the index (of any session) knows; never asks the store."""
@@ -312,7 +336,7 @@ class Snapshots:
         digest = hashlib.blake2b(directory.encode(errors="surrogatepass"), digest_size=16).digest()
         return volume.listing_prefix + digest
 
-    async def _load(self, key: bytes, volume: Volume, directory: str) -> Listing:
+    async def _load(self, key: bytes, volume: Volume, directory: str, *, entries_max: int | None = None) -> Listing:
         """Steps 1 to 4 of the module's docstring; runs as the flight of `key`."""
         held = self._memory.get(key)
         if held is not None:
@@ -327,7 +351,8 @@ class Snapshots:
         if old is not None and self._stale_until.get(volume.listing_prefix, 0.0) > trio.current_time():
             return self._hold_stale(key, volume, directory, old, None)
         try:
-            return await self._list(key, volume, directory, tries_max=None if old is None else 2)
+            tries_max = None if old is None else 2
+            return await self._list(key, volume, directory, tries_max=tries_max, entries_max=entries_max)
         except StoreUnavailable as exc:
             if old is None:
                 raise
@@ -359,15 +384,32 @@ class Snapshots:
         _log.warning("the store does not answer: showing an old listing", extra=about)
         return self._hold(key, directory, listing, "stale")
 
-    async def _list(self, key: bytes, volume: Volume, directory: str, *, tries_max: int | None = None) -> Listing:
-        """LIST with backoff, keep in memory and index. `tries_max` ends it earlier than the deadline does."""
+    async def _list(
+        self,
+        key: bytes,
+        volume: Volume,
+        directory: str,
+        *,
+        tries_max: int | None = None,
+        entries_max: int | None = None,
+    ) -> Listing:
+        """LIST with backoff, keep in memory and index. `tries_max` ends it earlier than the deadline does.
+
+        Raises _TooLongError after the page with which there are `entries_max` names.
+        """
+
+        def on_page(entries: int) -> None:
+            self._count_request("ok")
+            if entries_max is not None and entries >= entries_max:
+                raise _TooLongError
+
         deadline = trio.current_time() + self._list_deadline_s
         wait_s, wait_s_max = self._backoff_s
         tries = 0
         while True:
             tries += 1
             try:
-                entries, hidden = await self._offload.store(list_directory, volume.store, directory, self._count_page)
+                entries, hidden = await self._offload.store(list_directory, volume.store, directory, on_page)
                 break
             except StoreUnavailable:
                 if tries == tries_max or trio.current_time() + wait_s > deadline:
@@ -387,9 +429,6 @@ class Snapshots:
         await self._persist(key, directory, listing)
         self._stale_until.pop(volume.listing_prefix, None)
         return self._hold(key, directory, listing, "listed")
-
-    def _count_page(self) -> None:
-        self._count_request("ok")
 
     def _count_request(self, result: str) -> None:
         if self._metrics is not None:

@@ -8,7 +8,7 @@ only as long as somebody holds them: what they say can always be had again from 
 import functools
 import weakref
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import overload
 
 import msgspec
@@ -97,6 +97,8 @@ class Tree:
         self._snapshots = snapshots
         self._volumes_at_root = volumes_at_root
         self._inodes = Inodes(index)
+        self.on_listed: Callable[[Volume, str, Listing], None] = lambda volume, path, listing: None
+        """Told of every directory when it is first looked into."""
         self._volumes: dict[str, Volume] = {}
         self._directories: dict[int, _Directory] = {}
         self._nodes: weakref.WeakValueDictionary[int, Node] = weakref.WeakValueDictionary()
@@ -288,6 +290,7 @@ class Tree:
         volume = self._volume_of(node)
         listing = await self._snapshots.freeze(volume, node.path)
         directory, _ = await self._number(node, volume, listing)
+        self.on_listed(volume, node.path, directory.listing)
         return directory
 
     def _volume_of(self, node: Node) -> Volume:

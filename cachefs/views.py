@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
-import trio
 
 from cachefs.config import NodeConfig, ServerConfig, VolumeConfig
 from cachefs.errors import UsageError
@@ -70,7 +69,6 @@ class View:
         self.store = store
         self.keys = keys
         self.publications: set[str] = set()
-        self.background: set[trio.CancelScope] = set()
         self.proven: Given | None = None
         """What the store was last listed with at a publish, at `proven_s` (trio's clock)."""
         self.proven_s = -math.inf
@@ -81,11 +79,6 @@ class View:
             return False
         same_account = is_account and given.kind == "web_identity" and given.identity == self.proven.identity
         return given == self.proven or same_account
-
-    def stop_background(self) -> None:
-        """End its prefetch."""
-        for scope in self.background:
-            scope.cancel()
 
 
 def new_publication(request: Request, node: NodeConfig) -> Publication:
@@ -160,6 +153,7 @@ def volume_config(publication: Publication) -> VolumeConfig:
         anonymous=publication.kind == "anonymous",
         include=tuple(_inside(publication.layout, pattern) for pattern in publication.include),
         exclude=tuple(_inside(publication.layout, pattern) for pattern in publication.exclude),
+        prefetch=publication.prefetch,
         principal=f"{publication.principal}{publication.isolation}/{publication.layout}",
     )
 

@@ -15,8 +15,9 @@ volume_publish {key, source, endpoint_url, region, include, exclude, layout, pin
     include, exclude  lists of globs over paths below the source; both empty: everything
     layout        "": the model is the view's root; else the one subdirectory of the view that it is in
     pin           bool: keep the view's objects for as long as the key is published
-    prefetch      "auto": as the server's policy says (recorded load order, else nothing), starts before the answer is
-                  sent, so before the container starts; "all": the whole view in the background; "none"
+    prefetch      "auto": the small files of a model (configuration, tokenizer), at the top now and in directories when
+                  they are looked into; "all": the whole view in load order; "none". In the background, begun before
+                  the answer is sent, so before the container starts
     isolation     "shared": bytes are shared by content; "strict": a cache of the principal's namespace's own
     principal     "namespace/service account", or "" outside of Kubernetes
     credentials   {"kind", "values", "tokens", "role"}, see csi/credentials.py:

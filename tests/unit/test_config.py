@@ -1,9 +1,11 @@
 """Where settings come from, what values make sense, and that a configuration survives its way to the server."""
 
 import contextlib
+import hashlib
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -157,6 +159,22 @@ def test_a_configuration_survives_its_way_to_the_server(tmp_path: Path) -> None:
     volume = VolumeConfig(name="n", source="s3://b/ü p", include=("*.x", "y"), uid=5)
     config = MountConfig(server=server, volumes=(volume,), mountpoint=tmp_path / "m", as_root=False, session="s")
     assert decode(encode(config)) == config
+
+
+def test_prefetch_is_an_option_of_the_volume_and_its_default_changes_no_name() -> None:
+    environ = {"CACHEFS_PREFETCH": "none"}
+    assert settings.volume_config(resolve(environ, prefetch="all"), "s3://b/p").prefetch == "all"
+    assert settings.volume_config(resolve(environ), "s3://b/p").prefetch == "none"
+    assert settings.volume_config(resolve(), "s3://b/p").prefetch == "auto"
+    with pytest.raises(UsageError, match="CACHEFS_PREFETCH"):
+        resolve({"CACHEFS_PREFETCH": "some"})
+    volume = VolumeConfig(name="", source="s3://b/p")
+    old = msgspec.to_builtins(volume)
+    del old["prefetch"]
+    assert msgspec.convert(old, VolumeConfig).prefetch == "auto"
+    digest = hashlib.blake2b(msgspec.json.encode(old), digest_size=5).hexdigest()
+    assert settings.volume_name(volume) == f"p-{digest}"
+    assert settings.volume_name(msgspec.structs.replace(volume, prefetch="all")) != f"p-{digest}"
 
 
 def test_a_default_endpoint_is_for_s3_sources_only() -> None:

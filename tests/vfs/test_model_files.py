@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import trio
+import trio.testing
 
 from cachefs.chunk import CHUNK_BYTES, chunk_count
 from cachefs.readahead import WINDOWS
