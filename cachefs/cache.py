@@ -222,17 +222,14 @@ class ChunkCache:
 
     # -- background
 
-    def offer(self, store: Store, object_id: ObjectId, index: int, *, spare: bool = False) -> bool:
-        """Start a background fill of a chunk. False: no room for one now. True: local, in flight, or started.
-
-        `spare`: nobody is known to want it soon, so it leaves half of the source's pace to those who do.
-        """
+    def offer(self, store: Store, object_id: ObjectId, index: int) -> bool:
+        """Start a background fill of a chunk. False: no room for one now. True: local, in flight, or started."""
         cached = self._blobs.find(object_id)
         if cached is None:
             cached = self._blobs.use(object_id)
         if index in cached.fills or cached.states[index] in (CHECKED, WRITTEN):
             return True
-        started = self._fills.offer(store, cached, index, spare=spare)
+        started = self._fills.offer(store, cached, index)
         self._blobs.forget_if_empty(cached)
         return started
 

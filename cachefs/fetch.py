@@ -133,8 +133,8 @@ class Fills:
         self._spawn(fill, cached, Want.LOAD if loads else want)
         return fill
 
-    def offer(self, store: Store, cached: CachedObject, index: int, *, spare: bool) -> bool:
-        """Start a background fill if there is room for one now; a spare one only in half of the source's pace."""
+    def offer(self, store: Store, cached: CachedObject, index: int) -> bool:
+        """Start a background fill if there is room for one now."""
         loads = cached.states[index] == COMMITTED
         length = cached.length(index)
         if self._config.offline and not loads:
@@ -146,8 +146,7 @@ class Fills:
         owner = None if loads else cached.object_id.source
         if owner is not None:
             source = self.source(owner)
-            limit = source.pace.limit / 2 if spare else source.pace.limit
-            if trio.current_time() < source.quiet_until_s or source.fetching >= limit:
+            if trio.current_time() < source.quiet_until_s or source.fetching >= source.pace.limit:
                 return False
         cached.busy += 1  # the buffer may be reclaimed from a chunk of this very object, which must stay known
         buffer = self.pool.take_nowait(owner)

@@ -32,7 +32,7 @@ SPARE_LOOKS = 256
 class Fills(Protocol):
     """The part of ChunkCache that prefetch uses."""
 
-    def offer(self, store: Store, object_id: ObjectId, index: int, *, spare: bool = False) -> bool: ...
+    def offer(self, store: Store, object_id: ObjectId, index: int) -> bool: ...
     def has(self, object_id: ObjectId, index: int) -> bool: ...
 
 
@@ -230,7 +230,7 @@ class Prefetcher:
                 return False
             target = self._target(reader, index)
             if target is not None and not self._cache.has(*target):
-                if not self._cache.offer(reader.store, *target, spare=True):
+                if not self._cache.offer(reader.store, *target):
                     return False
                 reader.readahead.spare_done(started=True)
                 return True
