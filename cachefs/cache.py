@@ -237,14 +237,17 @@ class ChunkCache:
 
     # -- background
 
-    def offer(self, store: Store, object_id: ObjectId, index: int) -> bool:
-        """Start a background fill of a chunk. False: no room for one now. True: local, in flight, or started."""
+    def offer(self, store: Store, object_id: ObjectId, index: int, *, spare: bool = False) -> bool:
+        """Start a background fill of a chunk. False: no room for one now. True: local, in flight, or started.
+
+        `spare`: nobody is about to read it; few are in flight until the source has shown that it takes more.
+        """
         cached = self._blobs.find(object_id)
         if cached is None:
             cached = self._blobs.use(object_id)
         if index in cached.fills or cached.states[index] in (CHECKED, WRITTEN):
             return True
-        started = self._fills.offer(store, cached, index)
+        started = self._fills.offer(store, cached, index, spare=spare)
         self._blobs.forget_if_empty(cached)
         return started
 

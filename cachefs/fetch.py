@@ -17,7 +17,7 @@ from cachefs.errors import CachefsError, IntegrityError, ObjectChanged, Offline,
 from cachefs.fill import Fill, Phase, Want
 from cachefs.metrics import Metrics
 from cachefs.offload import Offload
-from cachefs.pace import Pace
+from cachefs.pace import SPARE_START, Pace
 from cachefs.space import Space
 from cachefs.store import Store
 from cachefs.tier import BlobStat, Tier
@@ -46,6 +46,7 @@ class Source:
         """Set, and replaced, when the source gives bytes: readers that wait to try again need not wait longer."""
         self.quiet_until_s = 0.0
         self.pace = Pace()
+        self.spare_pace = Pace(SPARE_START)
         self.fetching = 0
         """Chunks that are asked for or waiting for a buffer."""
 
@@ -133,8 +134,8 @@ class Fills:
         self._spawn(fill, cached, Want.LOAD if loads else want)
         return fill
 
-    def offer(self, store: Store, cached: CachedObject, index: int) -> bool:
-        """Start a background fill if there is room for one now."""
+    def offer(self, store: Store, cached: CachedObject, index: int, *, spare: bool = False) -> bool:
+        """Start a background fill if there is room for one now. `spare`: nobody is about to read it."""
         loads = cached.states[index] == COMMITTED
         length = cached.length(index)
         if self._config.offline and not loads:
@@ -146,7 +147,10 @@ class Fills:
         owner = None if loads else cached.object_id.source
         if owner is not None:
             source = self.source(owner)
-            if trio.current_time() < source.quiet_until_s or source.fetching >= source.pace.limit:
+            if (
+                trio.current_time() < source.quiet_until_s
+                or source.fetching >= (source.spare_pace if spare else source.pace).limit
+            ):
                 return False
         cached.busy += 1  # the buffer may be reclaimed from a chunk of this very object, which must stay known
         buffer = self.pool.take_nowait(owner)
@@ -332,7 +336,8 @@ class Fills:
         seconds = time.monotonic() - started_s
         self._metrics.fill_seconds.observe(seconds)
         if fill.length == chunk.CHUNK_BYTES and not fill.split:
-            source.pace.note(seconds, in_flight)
+            for pace in (source.pace, source.spare_pace):
+                pace.note(seconds, in_flight)
         if fill.first_byte_s is not None:
             self._metrics.first_byte_seconds.observe(fill.first_byte_s - started_s)
         self._hook("fill:fetched")

@@ -32,7 +32,7 @@ SPARE_LOOKS = 256
 class Fills(Protocol):
     """The part of ChunkCache that prefetch uses."""
 
-    def offer(self, store: Store, object_id: ObjectId, index: int) -> bool: ...
+    def offer(self, store: Store, object_id: ObjectId, index: int, *, spare: bool = False) -> bool: ...
     def has(self, object_id: ObjectId, index: int) -> bool: ...
 
 
@@ -169,7 +169,7 @@ class Prefetcher:
         """Start the fill of a chunk as soon as no reader has a use for the room."""
         retry_s = RETRY_S
         started_s = trio.current_time()
-        while self._readers_want() or not self._cache.offer(store, object_id, index):
+        while self._readers_want() or not self._cache.offer(store, object_id, index, spare=True):
             await trio.sleep(retry_s)
             if trio.current_time() - started_s > STALLED_S:
                 retry_s = RETRY_S_MAX

@@ -24,7 +24,7 @@ from cachefs.errors import (
     WorkFailed,
 )
 from cachefs.index import RESERVE_BYTES
-from cachefs.pace import LIMIT_START
+from cachefs.pace import LIMIT_START, SPARE_START
 from tests.support.caches import content, opened_cache, run, until
 from tests.support.memory_store import MemoryStore
 
@@ -371,6 +371,8 @@ def test_prefetch_asks_a_source_for_no_more_at_a_time_than_its_pace_allows(tmp_p
     async def scenario() -> None:
         async with opened_cache(tmp_path, buffers=34) as cache:
             with store.gets.held():
+                # Of what nobody is about to read only a few come first: a reader's chunk has not to share with many.
+                assert sum(cache.offer(store, object_id, index, spare=True) for index in range(40)) == SPARE_START
                 assert sum(cache.offer(store, object_id, index) for index in range(40)) == LIMIT_START
                 async with trio.open_nursery() as nursery:
                     # Readers are not held back by it, and count.

@@ -6,14 +6,14 @@ from collections.abc import Callable
 import pytest
 
 from cachefs.chunk import CHUNK_BYTES
-from cachefs.pace import LIMIT_MAX, LIMIT_MIN, LIMIT_START, Pace
+from cachefs.pace import LIMIT_MAX, LIMIT_MIN, LIMIT_START, SPARE_START, Pace
 
 RTT_S = 0.03
 
 
-def run(duration: Callable[[int], float], gets: int = 400) -> list[int]:
+def run(duration: Callable[[int], float], gets: int = 400, start: float = LIMIT_START) -> list[int]:
     """The limit each time that a GET ends: a reader's ramp, then always as many as the limit allows, and his own."""
-    pace = Pace()
+    pace = Pace(start)
     seen = []
     ramp = [1, 3, 3, 5, 9]
     for number in range(gets):
@@ -68,3 +68,11 @@ def test_the_limit_starts_and_stays_within_its_bounds() -> None:
     assert LIMIT_MIN <= LIMIT_START <= LIMIT_MAX
     chance = random.Random(2)
     assert all(LIMIT_MIN <= limit <= LIMIT_MAX for limit in run(lambda in_flight: chance.uniform(0, 3)))
+
+
+def test_what_nobody_waits_for_begins_with_few_and_finds_the_same_limits() -> None:
+    assert run(each(90e6), gets=10, start=SPARE_START)[0] < 8
+    assert run(each(90e6), gets=60, start=SPARE_START)[-1] == LIMIT_MAX
+    settled = run(shared(250e6), start=SPARE_START)
+    assert max(settled) <= 14
+    assert min(settled) * CHUNK_BYTES >= 250e6 * RTT_S

@@ -31,7 +31,7 @@ class Budget:
     def has(self, object_id: ObjectId, index: int) -> bool:
         return (object_id.path, index) in self.started
 
-    def offer(self, store: Store, object_id: ObjectId, index: int) -> bool:
+    def offer(self, store: Store, object_id: ObjectId, index: int, *, spare: bool = False) -> bool:
         if (object_id.path, index) in self.started:
             return True
         if object_id.path in self.refused or self.room == 0:
