@@ -1,6 +1,6 @@
-/* What pyfuse3 cannot do by itself: two libfuse functions that behave a little differently.
+/* What pyfuse3 cannot do by itself: three libfuse functions that behave a little differently.
  *
- * An extension module without functions. cachefs/fuse.py imports it with RTLD_GLOBAL before pyfuse3, so that the two
+ * An extension module without functions. cachefs/fuse.py imports it with RTLD_GLOBAL before pyfuse3, so that the
  * symbols below are found before libfuse's. It is linked with libfuse3: RTLD_NEXT is then libfuse's own function.
  * No libfuse internals are used, only its public functions.
  */

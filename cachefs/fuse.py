@@ -24,7 +24,7 @@ from cachefs.vfs import BLOCK_BYTES, NAME_BYTES_MAX, Attributes, Vfs
 
 
 def _load_shim() -> bool:
-    """Load the two functions that stand before libfuse's. False when the extension was not built."""
+    """Load the functions that stand before libfuse's. False when the extension was not built."""
     flags = sys.getdlopenflags()
     # RTLD_GLOBAL, and before pyfuse3: the loader then finds our functions first.
     sys.setdlopenflags(flags | os.RTLD_GLOBAL)
