@@ -29,8 +29,12 @@ FIRST_STARTS_NEITHER = {"cachefs.config", "cachefs.keeper", "json", "msgspec", "
 
 
 def loaded(*modules: str) -> set[str]:
-    """Every module that a new interpreter has after it imported these."""
-    script = f"import sys, {', '.join(modules)}; print('\\n'.join(sys.modules))"
+    """Every module that a new interpreter has after it imported these.
+
+    What site loads for an editable installation (re) is no part of it.
+    """
+    imports = ", ".join(("sys", *modules))
+    script = f"import sys; before = set(sys.modules); import {imports}; print('\\n'.join({{*sys.modules}} - before))"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-P", "-c", script], env=env, capture_output=True, text=True, check=True)
     return set(done.stdout.split())
