@@ -14,6 +14,7 @@ from cachefs.chunk import CHUNK_BYTES
 from cachefs.config import VolumeConfig
 from cachefs.core import Core
 from cachefs.errors import AccessDenied
+from cachefs.pace import SPARE_START
 from cachefs.snapshot import Volume
 from tests.support.caches import config_for
 from tests.support.memory_store import MemoryStore
@@ -199,7 +200,7 @@ def test_all_has_many_gets_in_flight_and_a_reader_still_gets_its_own(mount):
         async with staged(mount, store) as (stage, ahead, volume):
             with store.gets.held():
                 ahead.start(volume, "all")
-                await until(lambda: store.gets.waiting >= 16)  # the pace with which a source begins
+                await until(lambda: store.gets.waiting >= SPARE_START)
                 started = notes_of(stage)
                 _, handle = await stage.open("a.bin")
                 async with trio.open_nursery() as nursery:
@@ -274,7 +275,7 @@ def test_all_ends_with_its_volume(mount):
         async with staged(mount, store) as (stage, ahead, volume):
             with store.gets.held():
                 ahead.start(volume, "all")
-                await until(lambda: store.gets.waiting >= 8)
+                await until(lambda: store.gets.waiting >= SPARE_START)
                 ahead.stop(volume)
                 await until(lambda: not ahead._sweeping)
             await until(is_idle(stage))
