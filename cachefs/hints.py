@@ -47,7 +47,7 @@ class Hints:
         found = self._layouts.get(object_id)
         if found is not None:
             self._layouts.move_to_end(object_id)
-        return found
+        return found or None
 
     def header_bytes(self, object_id: ObjectId) -> int:
         """How much of the object's start learn() needs at first; 0: there is nothing to learn."""
@@ -62,14 +62,15 @@ class Hints:
     async def learn(self, object_id: ObjectId, length: int) -> int:
         """Look at the first `length` bytes. How many it takes the next time, 0: no more is to be learned."""
         while length:
-            head = await self._cache.peek(object_id, length)
-            if head is None:
-                return length
             async with self._parsing:
+                if object_id in self._layouts:
+                    return 0
+                head = await self._cache.peek(object_id, length)
+                if head is None:
+                    return length
                 found = await self._offload.disk(formats.layout_of, object_id.path, head, object_id.size)
             if not isinstance(found, Need):
-                if found is not None:
-                    self._keep(object_id, found)
+                self._keep(object_id, found or Layout(()))  # an empty one: nobody parses it again
                 return 0
             length = found.header_bytes if len(head) < found.header_bytes <= HEADER_BYTES_MAX else 0
         return 0

@@ -103,6 +103,8 @@ class _Part(Exchange):
             length=self.answer.length,
             etag=self.answer.getheader("etag", ""),
         )
+        # Only receive_into() can go on after a pause; to http.client it would be the end.
+        self.answer.ear.patient = not self.answer.chunked
 
 
 class _Get:

@@ -27,7 +27,7 @@ from cachefs.store._base import RangeStore
 
 BUCKET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 """More than AWS allows today: its oldest buckets and other makers' have capitals, underscores and 255 characters."""
-CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 PAGE_KEYS = 1000
 LIST_ATTEMPTS = 5
 LIST_BACKOFF_S = 0.1

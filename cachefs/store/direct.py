@@ -159,7 +159,7 @@ class DirectStore(S3Store):
                 get_into(self._client, buffer[base:], object_id, start + base, so_far, timeout_s, self._hedges)
             except (StoreUnavailable, AccessDenied) as error:
                 # A 403 is looked at twice: it may be the credentials' service that failed, which passes.
-                last = attempt == (1 if isinstance(error, AccessDenied) else ATTEMPTS - 1)
+                last = attempt >= (1 if isinstance(error, AccessDenied) else ATTEMPTS - 1)
                 asked_s = error.retry_after_s if isinstance(error, StoreUnavailable) else None
                 pause_s = 0.0 if so_far.filled > base else backoff_s(attempt, asked_s, random.random())
                 over_s = so_far.heard_s + self._get_timeout_s
@@ -169,6 +169,7 @@ class DirectStore(S3Store):
             else:
                 self._budget.succeeded(attempt)
                 return
+        raise AssertionError("unreachable")
 
     def close(self) -> None:
         """See Store."""

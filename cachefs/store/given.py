@@ -88,6 +88,7 @@ class KeySource:
         self._given: Given | None = None
         self._keys: tuple[Credentials, float] | None = None  # of STS, with their expiry
         self._next_sts_s = 0.0
+        self._sts_error: CachefsError | None = None
 
     def give(self, given: Given | None) -> None:
         """From now on these; None: none, until the next ones come."""
@@ -126,11 +127,13 @@ class KeySource:
             if now_s < self._next_sts_s:  # the last try failed a moment ago
                 if keys is not None and now_s < keys[1]:
                     return keys[0]
-                raise StoreUnavailable("STS gave no keys a moment ago")
+                assert self._sts_error is not None
+                raise type(self._sts_error)(*self._sts_error.args)
             try:
                 self._keys = assume_role(given, region=self._region, endpoint=self._sts_endpoint)
-            except CachefsError:
-                self._next_sts_s = now_s + RETRY_STS_S
+            except CachefsError as error:
+                self._next_sts_s = self._clock() + RETRY_STS_S
+                self._sts_error = error.with_traceback(None)
                 if keys is not None and now_s < keys[1]:
                     return keys[0]
                 raise
