@@ -52,7 +52,8 @@ class Ahead:
         self._prefetcher = prefetcher
         self._volumes: dict[str, Volume] = {}
         self._scopes: dict[str, set[trio.CancelScope]] = {}
-        self._sweeping: set[Volume] = set()
+        self._sweeping: dict[Volume, object] = {}
+        """A mark of the sweep that runs: it may end long after stop(), when another one has begun."""
         self._early: list[Callable[[], None]] = []
         self._nursery: trio.Nursery | None = None
         self._send, self._receive = trio.open_memory_channel[tuple[Volume, str, Listing]](DIRECTORIES_MAX)
@@ -94,7 +95,7 @@ class Ahead:
         """The volume is gone, or nobody has it any more."""
         if self._volumes.get(volume.name) is volume:
             del self._volumes[volume.name]
-        self._sweeping.discard(volume)  # it may start again before this one has ended
+        self._sweeping.pop(volume, None)  # it may start again before this one has ended
         for scope in self._scopes.get(volume.name, set()):
             scope.cancel()
 
@@ -153,11 +154,12 @@ class Ahead:
         """Passes over the volume until nothing in one failed, or more of them are pointless."""
         if volume in self._sweeping:  # published twice
             return
-        self._sweeping.add(volume)
+        mark = self._sweeping[volume] = object()
         try:
             await self._sweep(volume, top)
         finally:
-            self._sweeping.discard(volume)
+            if self._sweeping.get(volume) is mark:
+                del self._sweeping[volume]
 
     async def _sweep(self, volume: Volume, top: str) -> None:
         sweep = _Sweep(self._core, self._prefetcher, volume, top)

@@ -283,3 +283,23 @@ def test_all_ends_with_its_volume(mount):
             assert store.get_count < 40
 
     trio.run(main)
+
+
+def test_sweep_that_ends_leaves_the_mark_of_the_next_one(mount):
+    store = MemoryStore({"a.bin": bytes(40 * CHUNK_BYTES)})
+
+    async def main():
+        async with staged(mount, store) as (stage, ahead, volume):
+            with store.gets.held():
+                ahead.start(volume, "all")
+                await until(lambda: volume in ahead._sweeping)
+                first = ahead._sweeping[volume]
+                ahead.stop(volume)
+                ahead.start(volume, "all")
+                await until(lambda: ahead._sweeping.get(volume) not in (None, first))
+                await until(lambda: len(ahead._scopes[volume.name]) == 1)  # the first one has ended
+                assert volume in ahead._sweeping
+                ahead.stop(volume)
+            await until(is_idle(stage))
+
+    trio.run(main)
