@@ -51,6 +51,8 @@ class Ahead:
         self._core = core
         self._prefetcher = prefetcher
         self._volumes: dict[str, Volume] = {}
+        self._wanting: set[Volume] = set()
+        """Where small files are wanted: one of the volume's pods said so, which need not be the first."""
         self._scopes: dict[str, set[trio.CancelScope]] = {}
         self._sweeping: dict[Volume, object] = {}
         """A mark of the sweep that runs: it may end long after stop(), when another one has begun."""
@@ -78,6 +80,8 @@ class Ahead:
         Without `look` "auto" waits until somebody looks into it (after a restart, when it was done already).
         """
         self._volumes[volume.name] = volume
+        if prefetch != "none":
+            self._wanting.add(volume)
         if self._core.config.offline:
             return
         if prefetch == "all":
@@ -95,13 +99,14 @@ class Ahead:
         """The volume is gone, or nobody has it any more."""
         if self._volumes.get(volume.name) is volume:
             del self._volumes[volume.name]
+        self._wanting.discard(volume)
         self._sweeping.pop(volume, None)  # it may start again before this one has ended
         for scope in self._scopes.get(volume.name, set()):
             scope.cancel()
 
     def listed(self, volume: Volume, directory: str, listing: Listing) -> None:
         """A directory was looked into for the first time."""
-        if volume.config.prefetch != "none" and not self._core.config.offline:
+        if volume in self._wanting and not self._core.config.offline:
             self._want_small(volume, directory, listing)
 
     def _want_small(self, volume: Volume, directory: str, listing: Listing) -> None:

@@ -303,3 +303,24 @@ def test_sweep_that_ends_leaves_the_mark_of_the_next_one(mount):
             await until(is_idle(stage))
 
     trio.run(main)
+
+
+def test_small_files_come_when_a_later_pod_of_the_volume_wants_them(mount):
+    store = MemoryStore({"a/config.json": b"{}", "b/config.json": b"{}", "c/config.json": b"{}"})
+
+    async def main():
+        async with staged(mount, store, volume={"prefetch": "none"}) as (stage, ahead, volume):
+            ahead.start(volume, "none")
+            await stage.names((await stage.walk("a")).inode)
+            await settled(stage)
+            assert store.get_count == 0
+            ahead.start(volume, "auto")
+            await stage.names((await stage.walk("b")).inode)
+            await until(lambda: is_local(stage, store, "b/config.json"))
+            ahead.stop(volume)
+            ahead.start(volume, "none")
+            await stage.names((await stage.walk("c")).inode)
+            await settled(stage)
+            assert store.get_count == 1
+
+    trio.run(main)
