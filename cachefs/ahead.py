@@ -6,6 +6,7 @@ import collections
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 import trio
@@ -53,6 +54,8 @@ class Ahead:
         self._volumes: dict[str, Volume] = {}
         self._wanting: set[Volume] = set()
         """Where small files are wanted: one of the volume's pods said so, which need not be the first."""
+        self._late_s: dict[Volume, float] = {}
+        """When a directory's small files took all of SMALL_WAIT_S: so long again no worker waits for that volume."""
         self._scopes: dict[str, set[trio.CancelScope]] = {}
         self._sweeping: dict[Volume, object] = {}
         """A mark of the sweep that runs: it may end long after stop(), when another one has begun."""
@@ -100,6 +103,7 @@ class Ahead:
         if self._volumes.get(volume.name) is volume:
             del self._volumes[volume.name]
         self._wanting.discard(volume)
+        self._late_s.pop(volume, None)
         self._sweeping.pop(volume, None)  # it may start again before this one has ended
         for scope in self._scopes.get(volume.name, set()):
             scope.cancel()
@@ -147,11 +151,15 @@ class Ahead:
                 await self._guarded(volume, functools.partial(self._fetch_small, volume, directory, listing))
 
     async def _fetch_small(self, volume: Volume, directory: str, listing: Listing) -> None:
-        with trio.move_on_after(SMALL_WAIT_S):
+        if trio.current_time() < self._late_s.get(volume, -math.inf) + SMALL_WAIT_S:
+            return
+        with trio.move_on_after(SMALL_WAIT_S) as scope:
             for entry in small_files(listing.entries):
                 object_id = self._core.snapshots.object_id(volume, directory, entry)
                 if not self._core.cache.has(object_id, 0):
                     await self._prefetcher.fetch(volume.store, object_id, 0)
+        if scope.cancelled_caught and self._volumes.get(volume.name) is volume:
+            self._late_s[volume] = trio.current_time()
 
     # -- all of a volume
 

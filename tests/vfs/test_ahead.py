@@ -10,7 +10,7 @@ import trio.testing
 
 from cachefs import ahead as ahead_module
 from cachefs.ahead import Ahead
-from cachefs.chunk import CHUNK_BYTES
+from cachefs.chunk import CHUNK_BYTES, ObjectId
 from cachefs.config import VolumeConfig
 from cachefs.core import Core
 from cachefs.errors import AccessDenied
@@ -322,5 +322,32 @@ def test_small_files_come_when_a_later_pod_of_the_volume_wants_them(mount):
             await stage.names((await stage.walk("c")).inode)
             await settled(stage)
             assert store.get_count == 1
+
+    trio.run(main)
+
+
+def test_volume_whose_small_files_hang_holds_no_worker_again(mount, monkeypatch):
+    monkeypatch.setattr(ahead_module, "SMALL_WAIT_S", 0.01)
+    store = MemoryStore({"a/config.json": b"{}", "b/config.json": b"{}"})
+
+    async def main():
+        async with staged(mount, store) as (stage, ahead, volume):
+            asked: list[str] = []
+
+            class Hanging:
+                async def fetch(self, store: object, object_id: ObjectId, index: int) -> None:
+                    asked.append(object_id.path)
+                    await trio.sleep_forever()
+
+            ahead._prefetcher = Hanging()
+            ahead.start(volume, "auto", look=False)
+            await stage.names((await stage.walk("a")).inode)
+            await until(lambda: volume in ahead._late_s)
+            monkeypatch.setattr(ahead_module, "SMALL_WAIT_S", 600.0)
+            await stage.names((await stage.walk("b")).inode)
+            await settled(stage)
+            assert len(asked) == 1
+            ahead.stop(volume)
+            assert not ahead._late_s
 
     trio.run(main)
