@@ -211,6 +211,8 @@ class _Sweep:
         self._failed: list[tuple[ObjectId, int]] = []
         self._failures_in_a_row = 0
         self._skipped: set[ObjectId] = set()
+        self._oldest: ObjectId | None = None
+        """Of the volume's local objects the least recently used: once it is evicted, others of the volume follow."""
         self.fetched = 0
 
     @property
@@ -223,6 +225,7 @@ class _Sweep:
         self._failed.clear()
         self._failures_in_a_row = 0
         try:
+            await self._touch_all()
             await self._start_all()
             while self._started:
                 self._settle()
@@ -230,7 +233,7 @@ class _Sweep:
                     await trio.sleep(POLL_S)
         except _GaveUp:
             pass
-        if not self._failed:
+        if not self._failed or self._evicts_its_own():
             return False
         object_id, index = self._failed[0]
         try:
@@ -243,23 +246,45 @@ class _Sweep:
             log.debug("prefetch of %s goes on without an object: %s", self._volume.name, exc)
         return True
 
+    async def _touch_all(self) -> None:
+        """What is local of the volume is the last to go for the rest of it, and what is loaded first the very last."""
+        cache = self._core.cache
+        local: list[ObjectId] = []
+        self._oldest = None
+        if not cache.usage().objects_total:
+            return
+        with contextlib.suppress(CachefsError):  # said again by the listing that follows
+            async with contextlib.aclosing(self._files()) as files:
+                async for object_id in files:
+                    if cache.local_bytes(object_id):
+                        local.append(object_id)
+        for object_id in reversed(local):
+            cache.touch(object_id)
+        self._oldest = local[-1] if local else None
+
+    def _evicts_its_own(self) -> bool:
+        return self._oldest is not None and not self._core.cache.local_bytes(self._oldest)
+
     async def _start_all(self) -> None:
         async with contextlib.aclosing(self._files()) as files:
             await self._start_files(files)
 
     async def _start_files(self, files: AsyncIterator[ObjectId]) -> None:
         cache = self._core.cache
-        usage = cache.usage()
-        left_bytes = min(usage.capacity_bytes, usage.used_bytes + usage.free_bytes)
+        left_bytes, staying = cache.room()
+        left_bytes -= sum(staying.values())
         async for object_id in files:
             if object_id in self._skipped:
                 continue
-            left_bytes -= object_id.size
+            left_bytes -= object_id.size - staying.get(object_id, 0)
             if left_bytes < 0:
                 log.info("prefetch of %s ends: the cache cannot hold all of it", self._volume.name)
                 return
             for index in range(chunk_count(object_id.size)):
                 if not cache.is_local(object_id, index):
+                    if self._evicts_its_own():
+                        log.info("prefetch of %s ends: the cache cannot hold all of it", self._volume.name)
+                        return
                     await self._prefetcher.fetch(self._volume.store, object_id, index)
                     self._started.append((object_id, index))
                     self._settle()
@@ -286,6 +311,8 @@ class _Sweep:
             if cache.is_local(*chunk):
                 self.fetched += 1
                 self._failures_in_a_row = 0
+                if self._oldest is None:
+                    self._oldest = chunk[0]
                 continue
             self._failed.append(chunk)
             self._failures_in_a_row += 1

@@ -351,3 +351,22 @@ def test_volume_whose_small_files_hang_holds_no_worker_again(mount, monkeypatch)
             assert not ahead._late_s
 
     trio.run(main)
+
+
+def test_all_throws_out_what_others_left_and_not_its_own(mount):
+    mine = MemoryStore({f"{number}.bin": bytes(4 * CHUNK_BYTES) for number in range(2)})
+    other = MemoryStore({"other.bin": bytes(4 * CHUNK_BYTES)}, bucket="other")
+
+    async def main():
+        async with staged(mount, mine, cache_bytes_max=9 * CHUNK_BYTES) as (stage, ahead, volume):
+            for index in range(4):  # the volume's own first, so that it is the least recently used
+                await stage.cache.ensure(mine, mine.id_of("0.bin"), index)
+            for index in range(4):
+                await stage.cache.ensure(other, other.id_of("other.bin"), index)
+            ahead.start(volume, "all")
+            await until(lambda: is_local(stage, mine, "0.bin", "1.bin"))
+            await until(lambda: not ahead._sweeping)
+            assert set(mine.get_counts.values()) == {1}
+            assert not stage.cache.local_bytes(other.id_of("other.bin"))
+
+    trio.run(main)
