@@ -6,6 +6,7 @@ import collections
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 import trio
@@ -51,8 +52,13 @@ class Ahead:
         self._core = core
         self._prefetcher = prefetcher
         self._volumes: dict[str, Volume] = {}
+        self._wanting: set[Volume] = set()
+        """Where small files are wanted: one of the volume's pods said so, which need not be the first."""
+        self._late_s: dict[Volume, float] = {}
+        """When a directory's small files took all of SMALL_WAIT_S: so long again no worker waits for that volume."""
         self._scopes: dict[str, set[trio.CancelScope]] = {}
-        self._sweeping: set[Volume] = set()
+        self._sweeping: dict[Volume, object] = {}
+        """A mark of the sweep that runs: it may end long after stop(), when another one has begun."""
         self._early: list[Callable[[], None]] = []
         self._nursery: trio.Nursery | None = None
         self._send, self._receive = trio.open_memory_channel[tuple[Volume, str, Listing]](DIRECTORIES_MAX)
@@ -77,6 +83,8 @@ class Ahead:
         Without `look` "auto" waits until somebody looks into it (after a restart, when it was done already).
         """
         self._volumes[volume.name] = volume
+        if prefetch != "none":
+            self._wanting.add(volume)
         if self._core.config.offline:
             return
         if prefetch == "all":
@@ -94,13 +102,15 @@ class Ahead:
         """The volume is gone, or nobody has it any more."""
         if self._volumes.get(volume.name) is volume:
             del self._volumes[volume.name]
-        self._sweeping.discard(volume)  # it may start again before this one has ended
+        self._wanting.discard(volume)
+        self._late_s.pop(volume, None)
+        self._sweeping.pop(volume, None)  # it may start again before this one has ended
         for scope in self._scopes.get(volume.name, set()):
             scope.cancel()
 
     def listed(self, volume: Volume, directory: str, listing: Listing) -> None:
         """A directory was looked into for the first time."""
-        if volume.config.prefetch != "none" and not self._core.config.offline:
+        if volume in self._wanting and not self._core.config.offline:
             self._want_small(volume, directory, listing)
 
     def _want_small(self, volume: Volume, directory: str, listing: Listing) -> None:
@@ -141,11 +151,15 @@ class Ahead:
                 await self._guarded(volume, functools.partial(self._fetch_small, volume, directory, listing))
 
     async def _fetch_small(self, volume: Volume, directory: str, listing: Listing) -> None:
-        with trio.move_on_after(SMALL_WAIT_S):
+        if trio.current_time() < self._late_s.get(volume, -math.inf) + SMALL_WAIT_S:
+            return
+        with trio.move_on_after(SMALL_WAIT_S) as scope:
             for entry in small_files(listing.entries):
                 object_id = self._core.snapshots.object_id(volume, directory, entry)
                 if not self._core.cache.has(object_id, 0):
                     await self._prefetcher.fetch(volume.store, object_id, 0)
+        if scope.cancelled_caught and self._volumes.get(volume.name) is volume:
+            self._late_s[volume] = trio.current_time()
 
     # -- all of a volume
 
@@ -153,11 +167,12 @@ class Ahead:
         """Passes over the volume until nothing in one failed, or more of them are pointless."""
         if volume in self._sweeping:  # published twice
             return
-        self._sweeping.add(volume)
+        mark = self._sweeping[volume] = object()
         try:
             await self._sweep(volume, top)
         finally:
-            self._sweeping.discard(volume)
+            if self._sweeping.get(volume) is mark:
+                del self._sweeping[volume]
 
     async def _sweep(self, volume: Volume, top: str) -> None:
         sweep = _Sweep(self._core, self._prefetcher, volume, top)
@@ -196,6 +211,8 @@ class _Sweep:
         self._failed: list[tuple[ObjectId, int]] = []
         self._failures_in_a_row = 0
         self._skipped: set[ObjectId] = set()
+        self._oldest: ObjectId | None = None
+        """Of the volume's local objects the least recently used: once it is evicted, others of the volume follow."""
         self.fetched = 0
 
     @property
@@ -208,6 +225,7 @@ class _Sweep:
         self._failed.clear()
         self._failures_in_a_row = 0
         try:
+            await self._touch_all()
             await self._start_all()
             while self._started:
                 self._settle()
@@ -215,7 +233,7 @@ class _Sweep:
                     await trio.sleep(POLL_S)
         except _GaveUp:
             pass
-        if not self._failed:
+        if not self._failed or self._evicts_its_own():
             return False
         object_id, index = self._failed[0]
         try:
@@ -228,23 +246,45 @@ class _Sweep:
             log.debug("prefetch of %s goes on without an object: %s", self._volume.name, exc)
         return True
 
+    async def _touch_all(self) -> None:
+        """What is local of the volume is the last to go for the rest of it, and what is loaded first the very last."""
+        cache = self._core.cache
+        local: list[ObjectId] = []
+        self._oldest = None
+        if not cache.usage().objects_total:
+            return
+        with contextlib.suppress(CachefsError):  # said again by the listing that follows
+            async with contextlib.aclosing(self._files()) as files:
+                async for object_id in files:
+                    if cache.local_bytes(object_id):
+                        local.append(object_id)
+        for object_id in reversed(local):
+            cache.touch(object_id)
+        self._oldest = local[-1] if local else None
+
+    def _evicts_its_own(self) -> bool:
+        return self._oldest is not None and not self._core.cache.local_bytes(self._oldest)
+
     async def _start_all(self) -> None:
         async with contextlib.aclosing(self._files()) as files:
             await self._start_files(files)
 
     async def _start_files(self, files: AsyncIterator[ObjectId]) -> None:
         cache = self._core.cache
-        usage = cache.usage()
-        left_bytes = min(usage.capacity_bytes, usage.used_bytes + usage.free_bytes)
+        left_bytes, staying = cache.room()
+        left_bytes -= sum(staying.values())
         async for object_id in files:
             if object_id in self._skipped:
                 continue
-            left_bytes -= object_id.size
+            left_bytes -= object_id.size - staying.get(object_id, 0)
             if left_bytes < 0:
                 log.info("prefetch of %s ends: the cache cannot hold all of it", self._volume.name)
                 return
             for index in range(chunk_count(object_id.size)):
                 if not cache.is_local(object_id, index):
+                    if self._evicts_its_own():
+                        log.info("prefetch of %s ends: the cache cannot hold all of it", self._volume.name)
+                        return
                     await self._prefetcher.fetch(self._volume.store, object_id, index)
                     self._started.append((object_id, index))
                     self._settle()
@@ -271,6 +311,8 @@ class _Sweep:
             if cache.is_local(*chunk):
                 self.fetched += 1
                 self._failures_in_a_row = 0
+                if self._oldest is None:
+                    self._oldest = chunk[0]
                 continue
             self._failed.append(chunk)
             self._failures_in_a_row += 1

@@ -386,7 +386,16 @@ class ChunkCache:
             objects_sealed=sum(cached.seal is not None for cached in self._blobs),
         )
 
+    def room(self) -> tuple[int, dict[ObjectId, int]]:
+        """The bytes that objects may take in all, and those on disk of each that is open or pinned."""
+        return self._space.room_bytes(), self._space.staying()
+
     # -- keeping and letting go
+
+    def touch(self, object_id: ObjectId) -> None:
+        """As used just now, if anything of it is local."""
+        if self.local_bytes(object_id):
+            self._blobs.use(object_id)
 
     async def evict(self, object_ids: Iterable[ObjectId] | None, *, bytes_needed: int | None = None) -> EvictReport:
         """Evict objects (None: all, least recently used first) that are not open, pinned or in use.

@@ -297,9 +297,17 @@ class Publications:
             self._given[key] = given
             self._keep_credentials()
         if view.keys.given != given:
+            resumes = view.keys.given is None or isinstance(view.store.trouble, AccessDenied)
             view.keys.give(given)
+            if resumes:  # what ended, or did not begin, for want of these
+                self._resume(view)
             if isinstance(view.store.trouble, AccessDenied | StoreUnavailable):
                 view.store.trouble = None
+
+    def _resume(self, view: View) -> None:
+        """Go on with what the view's pods want fetched. What already runs is not begun again."""
+        for key in view.publications:
+            self._ahead.start(view.volume, self._publications[key].prefetch, top=view.store.layout, look=False)
 
     def _keep_credentials(self) -> None:
         """For the next server process of this supervisor; nowhere else."""

@@ -81,6 +81,20 @@ class Space:
             free_fraction_min=self._tier.free_fraction_min,
         )
 
+    def room_bytes(self) -> int:
+        """What objects could fill if all others went: within the capacity, and with the disk's reserve left free."""
+        free_bytes, disk_bytes = self._tier.free_bytes()
+        on_disk = self._blobs.used_bytes + free_bytes - int(disk_bytes * self._tier.free_fraction_min)
+        return min(self._tier.capacity_bytes, on_disk)
+
+    def staying(self) -> dict[ObjectId, int]:
+        """What is open or pinned, and its bytes on disk."""
+        return {
+            cached.object_id: cached.disk_bytes
+            for cached in self._blobs
+            if cached.opens or self.is_pinned(cached.object_id)
+        }
+
     async def reserve(self, chunk_bytes: int) -> bool:
         """Room for a chunk, evicting if need be; the caller takes the reservation back after its write."""
         if self.shortfall_bytes(chunk_bytes) > 0:

@@ -253,6 +253,19 @@ def test_prefetch_begins_at_publish_and_a_pin_ends_with_thekey_of(node: Node, or
     assert not any(item["pinned"] for item in node.ask("ls")["objects"])
 
 
+def test_prefetch_goes_on_when_a_republish_brings_the_credentials_back(node: Node, origin: LyingServer) -> None:
+    node.publish("pod", "s3://models/llama", GOOD, prefetch="all")
+    wait_for(lambda: node.stats("pod")["objects_sealed"] == 3, "everything is fetched")
+    node.kill_supervisor()
+    node.start_supervisor()
+    assert node.condition("pod") == "credentials"
+    source = {"name": "m", "source": "s3://models/llama", "endpoint_url": origin.endpoint_url}
+    node.ask("evict", source=source)
+    assert node.stats("pod")["bytes_local"] == 0
+    node.publish("pod", "s3://models/llama", GOOD, prefetch="all")
+    wait_for(lambda: node.stats("pod")["objects_sealed"] == 3, "everything is fetched again")
+
+
 def test_the_servers_own_keys_are_used_only_where_the_admin_allows_it(tmp_path: Path) -> None:
     with HadroServer(tmp_path / "hadro") as s3:
         s3.put("models", "llama/config.json", b"{}")

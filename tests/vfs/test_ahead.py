@@ -10,7 +10,7 @@ import trio.testing
 
 from cachefs import ahead as ahead_module
 from cachefs.ahead import Ahead
-from cachefs.chunk import CHUNK_BYTES
+from cachefs.chunk import CHUNK_BYTES, ObjectId
 from cachefs.config import VolumeConfig
 from cachefs.core import Core
 from cachefs.errors import AccessDenied
@@ -281,5 +281,92 @@ def test_all_ends_with_its_volume(mount):
             await until(is_idle(stage))
             await settled(stage)
             assert store.get_count < 40
+
+    trio.run(main)
+
+
+def test_sweep_that_ends_leaves_the_mark_of_the_next_one(mount):
+    store = MemoryStore({"a.bin": bytes(40 * CHUNK_BYTES)})
+
+    async def main():
+        async with staged(mount, store) as (stage, ahead, volume):
+            with store.gets.held():
+                ahead.start(volume, "all")
+                await until(lambda: volume in ahead._sweeping)
+                first = ahead._sweeping[volume]
+                ahead.stop(volume)
+                ahead.start(volume, "all")
+                await until(lambda: ahead._sweeping.get(volume) not in (None, first))
+                await until(lambda: len(ahead._scopes[volume.name]) == 1)  # the first one has ended
+                assert volume in ahead._sweeping
+                ahead.stop(volume)
+            await until(is_idle(stage))
+
+    trio.run(main)
+
+
+def test_small_files_come_when_a_later_pod_of_the_volume_wants_them(mount):
+    store = MemoryStore({"a/config.json": b"{}", "b/config.json": b"{}", "c/config.json": b"{}"})
+
+    async def main():
+        async with staged(mount, store, volume={"prefetch": "none"}) as (stage, ahead, volume):
+            ahead.start(volume, "none")
+            await stage.names((await stage.walk("a")).inode)
+            await settled(stage)
+            assert store.get_count == 0
+            ahead.start(volume, "auto")
+            await stage.names((await stage.walk("b")).inode)
+            await until(lambda: is_local(stage, store, "b/config.json"))
+            ahead.stop(volume)
+            ahead.start(volume, "none")
+            await stage.names((await stage.walk("c")).inode)
+            await settled(stage)
+            assert store.get_count == 1
+
+    trio.run(main)
+
+
+def test_volume_whose_small_files_hang_holds_no_worker_again(mount, monkeypatch):
+    monkeypatch.setattr(ahead_module, "SMALL_WAIT_S", 0.01)
+    store = MemoryStore({"a/config.json": b"{}", "b/config.json": b"{}"})
+
+    async def main():
+        async with staged(mount, store) as (stage, ahead, volume):
+            asked: list[str] = []
+
+            class Hanging:
+                async def fetch(self, store: object, object_id: ObjectId, index: int) -> None:
+                    asked.append(object_id.path)
+                    await trio.sleep_forever()
+
+            ahead._prefetcher = Hanging()
+            ahead.start(volume, "auto", look=False)
+            await stage.names((await stage.walk("a")).inode)
+            await until(lambda: volume in ahead._late_s)
+            monkeypatch.setattr(ahead_module, "SMALL_WAIT_S", 600.0)
+            await stage.names((await stage.walk("b")).inode)
+            await settled(stage)
+            assert len(asked) == 1
+            ahead.stop(volume)
+            assert not ahead._late_s
+
+    trio.run(main)
+
+
+def test_all_throws_out_what_others_left_and_not_its_own(mount):
+    mine = MemoryStore({f"{number}.bin": bytes(4 * CHUNK_BYTES) for number in range(2)})
+    other = MemoryStore({"other.bin": bytes(4 * CHUNK_BYTES)}, bucket="other")
+
+    async def main():
+        async with staged(mount, mine, cache_bytes_max=9 * CHUNK_BYTES) as (stage, ahead, volume):
+            for index in range(4):  # the volume's own first, so that it is the least recently used
+                await stage.cache.ensure(mine, mine.id_of("0.bin"), index)
+            for index in range(4):
+                await stage.cache.ensure(other, other.id_of("other.bin"), index)
+            ahead.start(volume, "all")
+            await until(lambda: is_local(stage, mine, "0.bin", "1.bin"))
+            await until(lambda: not ahead._sweeping)
+            assert set(mine.get_counts.values()) == {1}
+            assert not stage.cache.local_bytes(other.id_of("other.bin"))
 
     trio.run(main)
