@@ -134,6 +134,16 @@ def test_a_failure_that_passes_is_not_noticed(store: Store, origin: LyingServer,
     assert fetch_recorded(store, info, 100, len(DATA))[0] == DATA[100:]
 
 
+@pytest.mark.parametrize("failures", [1, 2, 3, 4])
+@pytest.mark.parametrize("library", ["auto"], indirect=True)
+def test_a_refusal_after_other_failures_is_no_success(store: Store, origin: LyingServer, failures: int) -> None:
+    info = listing(store)[0]["model.bin"]
+    origin.lie("503", times=failures)
+    origin.lie("403")
+    with pytest.raises(AccessDenied):
+        fetch(store, info)
+
+
 @pytest.mark.parametrize(
     ("lie", "skip", "error"),
     [
