@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
         else:
             log.error("the server failed", exc_info=exc)
             error = WorkFailed(f"the server failed ({type(error).__name__}): see {server.state_dir}/log/server.log")
-        if link.session.generation == 0:
+        if link.session.never_served:
             link.failed(error)
             return error.exit_code
         return 1
@@ -159,7 +159,7 @@ async def _serve(
             methods |= publications.methods()
         await nursery.start(vfs.run)
         if config.server.metrics is not None:
-            if link.session.generation == 0:
+            if link.session.never_served:
                 await nursery.start(_serve_metrics, server, config.server.metrics)
             else:
                 nursery.start_soon(_serve_metrics_again, server, config.server.metrics)

@@ -6,7 +6,6 @@ One loop over a handful of descriptors; what it is told by a server it checks.
     python -m cachefs.keeper --takeover FD    started by a server, or by itself; `cachefs mount` starts first_start.py
 """
 
-import contextlib
 import json
 import math
 import os
@@ -144,6 +143,7 @@ class Keeper:
             session.generation += 1
         self._starts += 1
         session.restarted = session.generation > 0
+        session.never_served = not self._served
         session.backings = self._backings.all()
         session.keeper_pid = os.getpid()
         memory_fd = pack_session(session)
@@ -151,13 +151,7 @@ class Keeper:
         # Sent before it starts, so that a server has its session even if this keeper dies now.
         handed = [serving_fd, session.ledger_fd, memory_fd, session.fuse_fd]
         try:
-            if self._waiting is not None:
-                pid, sock = self._waiting
-                self._waiting = None
-                with contextlib.suppress(ConnectionError):  # it has ended: that is seen like any other end
-                    send_message(sock, Message("session"), handed)
-            else:
-                pid, sock = self._spawn_server(handed)
+            pid, sock = self._hand_to_waiting(handed) or self._spawn_server(handed)
         except OSError as exc:
             log(f"cannot start a server: {exc}")
             self._start_failed(f"cannot start {session.python}: {exc.strerror}")
@@ -168,6 +162,22 @@ class Keeper:
         if self._last_python:
             self._server.kill_at_s = time.monotonic() + UPGRADE_READY_S
         log(f"started server {pid} (generation {session.generation}, {len(session.backings)} backing files)")
+
+    def _hand_to_waiting(self, handed: list[int]) -> tuple[int, socket.socket] | None:
+        """The server that waits, with its session now; None without one. One that has ended took no request: the next
+        one is of the same generation."""
+        if self._waiting is None:
+            return None
+        (pid, sock), self._waiting = self._waiting, None
+        try:
+            send_message(sock, Message("session"), handed)
+        except ConnectionError:
+            sock.close()
+            os.kill(pid, signal.SIGKILL)  # our child, not waited for yet: the pid is its own
+            _, status = os.waitpid(pid, 0)
+            log(f"server {pid} ended before it had its session (status {os.waitstatus_to_exitcode(status)})")
+            return None
+        return pid, sock
 
     def _spawn_server(self, handed: list[int]) -> tuple[int, socket.socket]:
         session = self._session

@@ -324,6 +324,7 @@ class NodeKeeper:
         assert self._backings is not None
         session.generation = self._handed_out
         session.restarted = session.generation > 0
+        session.never_served = session.generation == 0
         session.backings = self._backings.all()
         session.keeper_pid = os.getpid()
         memory_fd = pack_session(session)

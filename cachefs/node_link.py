@@ -113,6 +113,7 @@ class NodeLink(KeeperLink):
                     sock, session, mount_fd = None, left, keep.kept["mount"]
                     session.generation += 1
                     session.restarted = True
+                    session.never_served = False
                     break
                 time.sleep(CONNECT_AGAIN_S)
         disabled = session.config.server.kernel_disable

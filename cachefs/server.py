@@ -64,9 +64,9 @@ class Server:
     # -- volumes ------------------------------------------------------------------------------------------------
 
     async def add_first_volumes(self) -> None:
-        """Those that the session has. Their stores are asked only at the first start: later the mount is there."""
+        """Those that the session has. Their stores are asked until a server was ready: later the mount is there."""
         for volume in self._config.volumes:
-            await self._add(volume, probe=self._link.session.generation == 0)
+            await self._add(volume, probe=self._link.session.never_served)
 
     async def _add(self, config: VolumeConfig, *, probe: bool) -> None:
         store = self._core.open_store(config)

@@ -74,6 +74,8 @@ class Session(msgspec.Struct):
     foreground: bool = False
     root_path: str = ""
     """Where this server process finds the FUSE root; "": at config.mountpoint. Not the keeper's to say."""
+    never_served: bool = False
+    """No server of this mount was ready yet: a command waits for it, or for the line that says what is wrong."""
     upgrade_result: str = ""
     """What came of the last upgrade: "" (there was none), "ok", or why it was rolled back."""
 

@@ -6,11 +6,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from cachefs import launch
+from cachefs.config import VolumeConfig
 from cachefs.errors import StateBusy, UsageError, WorkFailed
 from cachefs.kernel.mounts import find_mount, probe, recover_dead_mount, unmount
-from tests.mount.keeper_support import DEADLINE_S, TinyMount, is_alive, kill_both, needs_root_mount, wait_until
+from cachefs.kernel.spawn import python_command
+from tests.mount.keeper_support import (
+    DEADLINE_S,
+    REPOSITORY,
+    TinyMount,
+    is_alive,
+    kill_both,
+    needs_root_mount,
+    wait_until,
+)
 
 pytestmark = needs_root_mount
 
@@ -110,6 +122,39 @@ def test_server_that_dies_in_its_first_start_tells_the_command(tiny: TinyMount) 
     with pytest.raises(WorkFailed, match=r"exit status 7; see .*server\.log"):
         tiny.start()
     assert not tiny.is_mounted()
+
+
+@pytest.fixture(params=["dead", "takes"])
+def ended_first_server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The first server dies before its session is sent, or before it has looked at it."""
+
+    def command(python: str, *arguments: str) -> list[str]:
+        words = ["tests.mount.ended_first_server" if word == "cachefs.first_start" else word for word in arguments]
+        return python_command(python, *words)
+
+    monkeypatch.setattr(launch, "python_command", command)
+    monkeypatch.setenv("CACHEFS_TEST_FIRST_SERVER", request.param)
+    return request.param
+
+
+def test_first_server_that_dies_without_its_session_is_replaced(tiny: TinyMount, ended_first_server: str) -> None:
+    tiny.start()
+    assert tiny.facts()["generation"] == (0 if ended_first_server == "dead" else 1)
+    assert ("ended before it had its session" in tiny.log()) == (ended_first_server == "dead")
+    assert tiny.listing() == ["f"]
+
+
+@pytest.mark.usefixtures("ended_first_server")
+def test_who_comes_for_a_dead_first_server_probes_the_volumes(tiny: TinyMount, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    volume = VolumeConfig(name="v", source=f"file://{tiny.directory}/nowhere")
+    try:
+        with pytest.raises(UsageError, match="nowhere cannot be mounted"):
+            launch.start_keeper(msgspec.structs.replace(tiny.config, volumes=(volume,)))
+        assert not tiny.is_mounted()
+    finally:
+        if tiny.is_mounted():
+            unmount(tiny.mountpoint, as_root=True)
 
 
 def test_command_that_waits_no_longer_leaves_nothing(tiny: TinyMount) -> None:
