@@ -1,6 +1,7 @@
 """The command line: parse arguments, call one function, print. Loads nothing heavy before a command needs it."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -303,6 +304,8 @@ def config_show(origin: bool, **flags: Any) -> None:
 
 def main() -> None:
     """Exit codes: 0 done, 1 the work failed, 2 the request was wrong or cannot be met."""
+    # A parent may have left it ignored: then the exit status of a keeper in the foreground and of fusermount3 is lost.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         group.main(prog_name="cachefs", standalone_mode=False)
     except click.UsageError as exc:

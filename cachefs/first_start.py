@@ -10,6 +10,7 @@ nothing of the keeper is imported before the server runs. It waits for its sessi
 """
 
 import os
+import signal
 import sys
 
 from cachefs.kernel.spawn import python_command, spawn
@@ -21,6 +22,8 @@ def main(arguments: list[str]) -> int:
     module, how = arguments[5:]
     for descriptor in (ready, credentials, link, server_link, server_log):
         os.set_inheritable(descriptor, False)
+    # A parent may have left it ignored: then children are reaped by the kernel, and how a server ended is lost.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if how == "background" and os.fork():
         os._exit(0)  # the command waits for this process only; the keeper is nobody's child
     command = python_command(sys.executable, "-m", module, "3")

@@ -2,10 +2,11 @@
 
     python -m tests.mount.ended_first_server (the arguments of first_start)
 
-CACHEFS_TEST_FIRST_SERVER says which.
+CACHEFS_TEST_FIRST_SERVER says which. SIGCHLD is ignored, as a parent may leave it.
 """
 
 import os
+import signal
 import sys
 from typing import Any
 
@@ -28,5 +29,6 @@ def spawn_ended(command: list[str], environment: dict[str, str], **options: Any)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     first_start.spawn = spawn_ended  # type: ignore[assignment]
     sys.exit(first_start.main(sys.argv[1:]))
