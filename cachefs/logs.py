@@ -22,7 +22,7 @@ class StderrRotatingHandler(logging.handlers.RotatingFileHandler):
     """Rotates the file that stderr is, too: what a library or a crash prints goes into the newest file."""
 
     def __init__(self, path: Path, *, bytes_max: int = LOG_BYTES_MAX, files: int = LOG_FILES) -> None:
-        super().__init__(path, maxBytes=bytes_max, backupCount=files - 1, encoding="utf-8")
+        super().__init__(path, maxBytes=bytes_max, backupCount=files - 1, encoding="utf-8", errors="backslashreplace")
         self._redirect()
 
     def doRollover(self) -> None:
@@ -45,7 +45,8 @@ def _is_stderr(path: Path) -> bool:
 
 class _Formatter(logging.Formatter):
     """One record, one line: control characters in the message are escaped. Messages name keys, and a bucket's owner
-    may call one `x\\n2026-01-01 [error] ...`. Only a traceback, which is ours, has more lines.
+    may call one `x\\n2026-01-01 [error] ...`. Only a traceback has more lines; an exception's text names keys too, so
+    each line is escaped, and indented, which no record is.
 
     Our own, on the standard library's records: structlog loads rich and asyncio, 40 ms of every start of a server.
     """
@@ -68,7 +69,8 @@ class TextFormatter(_Formatter):
         words = [time, f"[{record.levelname.lower():9}]", one_line(record.getMessage()), f"[{one_line(record.name)}]"]
         words += [f"{name}={_value(value)}" for name, value in sorted(self.fields(record).items())]
         line = " ".join(words)
-        return f"{line}\n{traceback}" if (traceback := self.traceback(record)) else line
+        traceback = self.traceback(record)
+        return "\n".join([line, *(f"  {one_line(part)}" for part in traceback.split("\n"))]) if traceback else line
 
 
 class JsonFormatter(_Formatter):

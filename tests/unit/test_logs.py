@@ -1,6 +1,7 @@
 """The server's log: rotated, with stderr following, in both forms."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -75,6 +76,43 @@ def test_a_hostile_key_forges_no_line(tmp_path: Path, form: str) -> None:
     assert not {"\x1b", "\u202e", "\u2028"} & set(text)
     shown = json.loads(text)["event"] if form == "json" else text
     assert "é 模型" in shown
+
+
+FORGING_TRACEBACK = """
+import logging, sys
+from pathlib import Path
+from cachefs import logs
+logs.set_up(Path(sys.argv[1]), "info", "text")
+try:
+    raise ValueError("key a\\n2026-01-01T00:00:00 [error    ] forged\\x1b[2J\\r\\u2028 \\udc80")
+except ValueError:
+    logging.getLogger("cachefs.x").exception("failed", stack_info=True)
+logging.getLogger("cachefs.x").info("after")
+"""
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_hostile_key_in_a_traceback_forges_no_line(tmp_path: Path, background: bool) -> None:
+    path = tmp_path / "log" / logs.LOG_NAME
+    path.parent.mkdir()
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with (path if background else tmp_path / "other").open("ab") as stderr:
+        subprocess.run([sys.executable, "-c", FORGING_TRACEBACK, str(tmp_path)], stderr=stderr, env=env, check=True)
+    text = Path(stderr.name).read_text()
+    lines = text.splitlines()
+    assert ["failed" in lines[0], "after" in lines[-1]] == [True, True]
+    assert all(line.startswith("  ") for line in lines[1:-1])
+    assert "forged" in text
+    assert "\\udc80" in text
+    assert not {"\x1b", "\r", "\u2028"} & set(text)
+
+
+def test_what_utf8_cannot_say_loses_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs.StderrRotatingHandler, "_redirect", lambda self: None)  # stderr is the tests' own
+    handler = logs.StderrRotatingHandler(tmp_path / "log")
+    handler.emit(logging.makeLogRecord({"msg": "key \udc80"}))
+    handler.close()
+    assert (tmp_path / "log").read_text() == "key \\udc80\n"
 
 
 def test_rotation_keeps_three_files_and_stderr_follows(tmp_path: Path) -> None:
