@@ -7,6 +7,7 @@ on counting, exactly, when a server is killed and the next one starts.
 
 import functools
 import itertools
+import logging
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     # Loaded with the first scrape: it brings an HTTP server, 25 ms that no start of a server needs.
     from prometheus_client import CollectorRegistry
     from prometheus_client.core import Metric
+
+log = logging.getLogger(__name__)
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 ERROR_CLASSES = (
@@ -368,7 +371,13 @@ async def _answer_scrape(stream: trio.SocketStream, exposition: Callable[[], byt
             return
     words = request.split(b"\r\n", 1)[0].split()
     wanted = len(words) >= 2 and words[0] == b"GET" and words[1].split(b"?")[0] in (b"/metrics", b"/")
-    status, body = (b"200 OK", exposition()) if wanted else (b"404 Not Found", b"GET /metrics\n")
+    status, body = b"404 Not Found", b"GET /metrics\n"
+    if wanted:
+        try:
+            status, body = b"200 OK", exposition()
+        except Exception as exc:  # prometheus_client while its files are replaced, or our own bug: the server lives
+            log.warning("a scrape of the metrics failed: %s: %s", type(exc).__name__, exc)
+            status, body = b"503 Service Unavailable", b"no metrics for now: see the server's log\n"
     await stream.send_all(
         b"HTTP/1.1 " + status + b"\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
         b"Connection: close\r\nContent-Length: " + str(len(body)).encode() + b"\r\n\r\n" + body

@@ -2,7 +2,9 @@
 
 import mmap
 import struct
+import sys
 
+import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -64,15 +66,16 @@ def test_errors_count_by_class_and_unknown_ones_as_other() -> None:
     assert found["cachefs_errors_total", ("NeverDeclared",)] == 1
 
 
-def test_a_scrape_over_http_shows_them() -> None:
-    async def request(port: int, path: bytes) -> bytes:
-        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-            await stream.send_all(b"GET " + path + b" HTTP/1.1\r\nHost: x\r\n\r\n")
-            answer = b""
-            async for part in stream:
-                answer += part
-        return answer
+async def request(port: int, path: bytes) -> bytes:
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(b"GET " + path + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = b""
+        async for part in stream:
+            answer += part
+    return answer
 
+
+def test_a_scrape_over_http_shows_them() -> None:
     async def main() -> None:
         metrics = Metrics()
         metrics.opens.labels("cached").inc()
@@ -88,3 +91,24 @@ def test_a_scrape_over_http_shows_them() -> None:
             nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+def test_a_scrape_that_fails_is_503_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As while the packages are replaced in place, before the first scrape has loaded prometheus_client."""
+
+    async def main() -> None:
+        metrics = Metrics()
+        async with trio.open_nursery() as nursery:
+            port = await nursery.start(serve_metrics, metrics.exposition, "127.0.0.1", 0)
+            with trio.fail_after(30):
+                with monkeypatch.context() as patch:
+                    patch.setitem(sys.modules, "prometheus_client", None)
+                    assert (await request(port, b"/metrics")).startswith(b"HTTP/1.1 503")
+                assert (await request(port, b"/metrics")).startswith(b"HTTP/1.1 200")
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert [record.levelname for record in caplog.records if record.name == "cachefs.metrics"] == ["WARNING"]
+    assert "prometheus_client" in caplog.text
