@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import msgspec
@@ -31,6 +31,8 @@ from .report import Failure, Report, Sample, now
 from .verdicts import verdicts
 
 CELL_SECONDS_MAX = 300.0
+CELL_ERRORS = (BenchError, RuntimeError, subprocess.TimeoutExpired, OSError)
+"""End the cell in which they come, not the run."""
 SHARDS = 4
 VERSIONS = {
     "rclone": ["rclone", "version"],
@@ -118,7 +120,7 @@ class Cold:
         position = link.log_position()
         try:
             if cell.peer in ("loop", "gets"):
-                sample = self._reference(cell, link, work, target, number)
+                sample = reference(cell.peer, cell.label, link, work, target, number)
             else:
                 sample = self._read(cell, link, work, target, number)
         finally:
@@ -126,15 +128,6 @@ class Cold:
         prefix = "/juicefs/" if cell.peer == "juicefs" else f"/{BUCKET}/{target.prefix}/"
         fetched = None if cell.peer == "native" else link.bytes_since(position, prefix)
         return with_fetched(sample, fetched)
-
-    def _reference(self, cell: Cell, link: Link, work: Path, target: Target, number: int) -> Sample:
-        command = [sys.executable, "-m", "benchmarks.loop", link.endpoint_url, str(work), target.prefix, cell.peer]
-        done = subprocess.run(
-            command, env=link.env(), capture_output=True, text=True, check=False, timeout=CELL_SECONDS_MAX
-        )
-        if done.returncode != 0:
-            raise BenchError(f"{cell.peer}: {done.stderr.strip()[-500:]}")
-        return Sample(peer=cell.peer, workload=cell.label, round=number, **json.loads(done.stdout))
 
     def _read(self, cell: Cell, link: Link, work: Path, target: Target, number: int) -> Sample:
         peer = self._peer(cell.peer, target)
@@ -170,6 +163,28 @@ class Cold:
         )
 
 
+def reference(kind: str, label: str, link: Link, work: Path, target: Target, number: int) -> Sample:
+    """One run of benchmarks/loop.py over a file of the target: `kind` is "loop" or "gets". Raises BenchError."""
+    command = [sys.executable, "-m", "benchmarks.loop", link.endpoint_url, str(work), target.prefix, kind]
+    done = subprocess.run(
+        command, env=link.env(), capture_output=True, text=True, check=False, timeout=CELL_SECONDS_MAX
+    )
+    if done.returncode != 0:
+        raise BenchError(f"{kind}: {done.stderr.strip()[-500:]}")
+    return Sample(peer=kind, workload=label, round=number, **json.loads(done.stdout))
+
+
+def versions_of(peers: Collection[str]) -> dict[str, list[str]]:
+    """For machine(): the commands that print the versions of these peers, of those that have one."""
+    return {name: [program(words[0]), *words[1:]] for name, words in VERSIONS.items() if name in peers}
+
+
+def failed(peer: str, label: str, number: int, exc: Exception) -> Failure:
+    """Says that a cell failed; for the report."""
+    print(f"round {number + 1} {label} {peer}: FAILED: {exc}", flush=True)
+    return Failure(peer, label, number, " ".join(str(exc).split())[:300])
+
+
 def with_fetched(sample: Sample, fetched: int | None) -> Sample:
     # 4 KiB out of a chunk of 8 MiB: that ratio says nothing.
     return sample if sample.bytes <= MIB else msgspec.structs.replace(sample, fetched_bytes=fetched)
@@ -203,11 +218,10 @@ def run(plan: list[Cell], names: list[str], given: argparse.Namespace, work: Pat
     if done < rounds:
         notes.append(f"stopped after {done} of {rounds} rounds: more would not end within {seconds_max:.0f} s")
     peers = {cell.peer for cell in plan}
-    versions = {name: [program(words[0]), *words[1:]] for name, words in VERSIONS.items() if name in peers}
     report = Report(
         name="cold",
         taken=now(),
-        machine=machine(versions),
+        machine=machine(versions_of(peers)),
         server="nginx; links " + ", ".join(names),
         object_bytes=mib * MIB,
         rounds=done,
@@ -227,9 +241,8 @@ def turn(cold: Cold, cell: Cell, link: Link, number: int) -> Sample | Failure:
     """One cell; a peer that fails does not end the run."""
     try:
         sample = cold.measure(cell, link, number)
-    except (BenchError, RuntimeError, subprocess.TimeoutExpired, OSError) as exc:
-        print(f"round {number + 1} {cell.label} {cell.peer}: FAILED: {exc}", flush=True)
-        return Failure(cell.peer, cell.label, number, " ".join(str(exc).split())[:300])
+    except CELL_ERRORS as exc:
+        return failed(cell.peer, cell.label, number, exc)
     print(f"round {number + 1} {cell.label} {cell.peer}: {sample.gb_per_s:.3f} GB/s", flush=True)
     return sample
 

@@ -9,9 +9,7 @@ tensor copied and compared), `engine` (a real llama.cpp server with a real model
 """
 
 import argparse
-import json
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,10 +20,10 @@ import msgspec
 
 from . import gguf, workloads
 from .cells import target_of
-from .cold import CELL_SECONDS_MAX, VERSIONS, Data
+from .cold import CELL_ERRORS, CELL_SECONDS_MAX, Data, failed, reference, versions_of
 from .downloads import Download, RcloneCopy, S5cmd
 from .frame import RESULTS, run_and_publish
-from .harness import BUCKET, BenchError, Target, digest_of, machine, peak_rss_mib, processor_seconds, program
+from .harness import BUCKET, BenchError, Target, digest_of, machine, peak_rss_mib, processor_seconds
 from .links import Link, links
 from .outlook import CASES, ENGINE, KINDS, LARGE_ENGINE, SHARDS, conclusions
 from .peers import Cachefs
@@ -161,17 +159,10 @@ class Startup:
         """What the link gives to the parallel GETs of one file of the model."""
         work = self._work / "gets"
         work.mkdir(parents=True)
-        module = [sys.executable, "-m", "benchmarks.loop"]
-        command = [*module, self._link.endpoint_url, str(work), self._load.target.prefix, "gets"]
         try:
-            done = subprocess.run(
-                command, env=self._link.env(), capture_output=True, text=True, check=False, timeout=CELL_SECONDS_MAX
-            )
+            return [reference("gets", f"{self.label} link", self._link, work, self._load.target, number)]
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        if done.returncode != 0:
-            raise BenchError(f"gets: {done.stderr.strip()[-500:]}")
-        return [Sample(peer="gets", workload=f"{self.label} link", round=number, **json.loads(done.stdout))]
 
 
 def run(names: list[str], given: argparse.Namespace, work: Path) -> Report:
@@ -190,11 +181,10 @@ def run(names: list[str], given: argparse.Namespace, work: Path) -> Report:
                 for name in names:
                     turn(Startup(data, load, made[name], work / "turns"), number, samples, failures)
             print(f"round {number + 1} of {given.rounds} done", flush=True)
-    versions = {name: [program(VERSIONS[name][0]), *VERSIONS[name][1:]] for name in ("rclone", "s5cmd")}
     report = Report(
         name="startup",
         taken=now(),
-        machine=machine(versions),
+        machine=machine(versions_of(("rclone", "s5cmd"))),
         server="nginx; links " + ", ".join(names),
         object_bytes=given.mib * 2**20,
         rounds=given.rounds,
@@ -217,9 +207,8 @@ def turn(startup: Startup, number: int, samples: list[Sample], failures: list[Fa
     for name, step in steps[shift:] + steps[:shift]:
         try:
             found = step()
-        except (BenchError, RuntimeError, subprocess.TimeoutExpired, OSError) as exc:
-            failures.append(Failure(name, startup.label, number, " ".join(str(exc).split())[:300]))
-            print(f"round {number + 1} {startup.label} {name}: FAILED: {exc}", flush=True)
+        except CELL_ERRORS as exc:
+            failures.append(failed(name, startup.label, number, exc))
             continue
         samples += found
         for sample in found:
