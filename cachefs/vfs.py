@@ -199,7 +199,8 @@ class Vfs:
 
     async def _check_in_background(self, ended: trio.Event) -> None:
         try:
-            await self.check_passthrough()
+            if self._nursery is not None:  # else this server ends already
+                await self.check_passthrough()
         finally:
             ended.set()
 

@@ -302,6 +302,18 @@ def test_refused_self_check_says_what_the_keeper_said(tmp_path):
     os.close(mount.ledger_fd)
 
 
+def test_a_server_that_ends_before_its_check_has_begun_ends_in_order(tmp_path):
+    mount = Mount(tmp_path, checked=False)
+
+    async def main():
+        for _ in range(20):  # what a nursery starts and cancels at once has run or not: that is left to chance
+            async with mount.server(MemoryStore({"a": DATA})) as stage:
+                stage.vfs.check_passthrough_later(opens_wait=True)
+
+    trio.run(main)
+    os.close(mount.ledger_fd)
+
+
 def test_many_openers_at_once_share_one_backing_id(mount):
     async def main():
         async with mount.server(MemoryStore({"a": DATA})) as stage:
