@@ -51,12 +51,12 @@ class Ahead:
     def __init__(self, core: Core, prefetcher: Prefetcher) -> None:
         self._core = core
         self._prefetcher = prefetcher
-        self._volumes: dict[str, Volume] = {}
+        self._volumes: set[Volume] = set()
         self._wanting: set[Volume] = set()
         """Where small files are wanted: one of the volume's pods said so, which need not be the first."""
         self._late_s: dict[Volume, float] = {}
         """When a directory's small files took all of SMALL_WAIT_S: so long again no worker waits for that volume."""
-        self._scopes: dict[str, set[trio.CancelScope]] = {}
+        self._scopes: dict[Volume, set[trio.CancelScope]] = {}
         self._sweeping: dict[Volume, object] = {}
         """A mark of the sweep that runs: it may end long after stop(), when another one has begun."""
         self._early: list[Callable[[], None]] = []
@@ -82,7 +82,7 @@ class Ahead:
 
         Without `look` "auto" waits until somebody looks into it (after a restart, when it was done already).
         """
-        self._volumes[volume.name] = volume
+        self._volumes.add(volume)
         if prefetch != "none":
             self._wanting.add(volume)
         if self._core.config.offline:
@@ -95,17 +95,16 @@ class Ahead:
     def _begin(self, volume: Volume, work: Callable[[], Awaitable[None]]) -> None:
         if self._nursery is None:
             self._early.append(functools.partial(self._begin, volume, work))
-        elif self._volumes.get(volume.name) is volume:
+        elif volume in self._volumes:
             self._nursery.start_soon(self._guarded, volume, work)
 
     def stop(self, volume: Volume) -> None:
         """The volume is gone, or nobody has it any more."""
-        if self._volumes.get(volume.name) is volume:
-            del self._volumes[volume.name]
+        self._volumes.discard(volume)
         self._wanting.discard(volume)
         self._late_s.pop(volume, None)
         self._sweeping.pop(volume, None)  # it may start again before this one has ended
-        for scope in self._scopes.get(volume.name, set()):
+        for scope in self._scopes.get(volume, set()):
             scope.cancel()
 
     def listed(self, volume: Volume, directory: str, listing: Listing) -> None:
@@ -114,7 +113,7 @@ class Ahead:
             self._want_small(volume, directory, listing)
 
     def _want_small(self, volume: Volume, directory: str, listing: Listing) -> None:
-        if self._volumes.get(volume.name) is volume and looks_like_model(listing.entries):
+        if volume in self._volumes and looks_like_model(listing.entries):
             try:
                 self._send.send_nowait((volume, directory, listing))
             except trio.WouldBlock:
@@ -123,7 +122,7 @@ class Ahead:
     async def _guarded(self, volume: Volume, work: Callable[[], Awaitable[None]]) -> None:
         """Ends with the volume; its failures are nobody's."""
         scope = trio.CancelScope()
-        scopes = self._scopes.setdefault(volume.name, set())
+        scopes = self._scopes.setdefault(volume, set())
         scopes.add(scope)
         try:
             with scope:
@@ -134,8 +133,8 @@ class Ahead:
             log.exception("prefetch of %s failed", volume.name)
         finally:
             scopes.discard(scope)
-            if not scopes and self._scopes.get(volume.name) is scopes:
-                del self._scopes[volume.name]
+            if not scopes and self._scopes.get(volume) is scopes:
+                del self._scopes[volume]
 
     # -- small files
 
@@ -147,7 +146,7 @@ class Ahead:
 
     async def _small_worker(self, receive: trio.MemoryReceiveChannel[tuple[Volume, str, Listing]]) -> None:
         async for volume, directory, listing in receive:
-            if self._volumes.get(volume.name) is volume:
+            if volume in self._volumes:
                 await self._guarded(volume, functools.partial(self._fetch_small, volume, directory, listing))
 
     async def _fetch_small(self, volume: Volume, directory: str, listing: Listing) -> None:
@@ -158,7 +157,7 @@ class Ahead:
                 object_id = self._core.snapshots.object_id(volume, directory, entry)
                 if not self._core.cache.has(object_id, 0):
                     await self._prefetcher.fetch(volume.store, object_id, 0)
-        if scope.cancelled_caught and self._volumes.get(volume.name) is volume:
+        if scope.cancelled_caught and volume in self._volumes:
             self._late_s[volume] = trio.current_time()
 
     # -- all of a volume
@@ -277,14 +276,11 @@ class _Sweep:
             if object_id in self._skipped:
                 continue
             left_bytes -= object_id.size - staying.get(object_id, 0)
-            if left_bytes < 0:
-                log.info("prefetch of %s ends: the cache cannot hold all of it", self._volume.name)
-                return
             for index in range(chunk_count(object_id.size)):
+                if left_bytes < 0 or (not cache.is_local(object_id, index) and self._evicts_its_own()):
+                    log.info("prefetch of %s ends: the cache cannot hold all of it", self._volume.name)
+                    return
                 if not cache.is_local(object_id, index):
-                    if self._evicts_its_own():
-                        log.info("prefetch of %s ends: the cache cannot hold all of it", self._volume.name)
-                        return
                     await self._prefetcher.fetch(self._volume.store, object_id, index)
                     self._started.append((object_id, index))
                     self._settle()

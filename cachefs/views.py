@@ -153,7 +153,6 @@ def volume_config(publication: Publication) -> VolumeConfig:
         anonymous=publication.kind == "anonymous",
         include=tuple(_inside(publication.layout, pattern) for pattern in publication.include),
         exclude=tuple(_inside(publication.layout, pattern) for pattern in publication.exclude),
-        prefetch=publication.prefetch,
         principal=f"{publication.principal}{publication.isolation}/{publication.layout}",
     )
 

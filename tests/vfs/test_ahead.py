@@ -297,7 +297,7 @@ def test_sweep_that_ends_leaves_the_mark_of_the_next_one(mount):
                 ahead.stop(volume)
                 ahead.start(volume, "all")
                 await until(lambda: ahead._sweeping.get(volume) not in (None, first))
-                await until(lambda: len(ahead._scopes[volume.name]) == 1)  # the first one has ended
+                await until(lambda: len(ahead._scopes[volume]) == 1)  # the first one has ended
                 assert volume in ahead._sweeping
                 ahead.stop(volume)
             await until(is_idle(stage))
