@@ -104,18 +104,24 @@ class Hints:
             return None
         names = self._indexes.get(object_id)
         if names is None:
-            text = await self._cache.peek(object_id, object_id.size)
-            if text is None:
-                return None
-            async with self._parsing:
-                names = await self._offload.disk(formats.shard_names, text)
-            self._indexes[object_id] = names
-            while len(self._indexes) > INDEXES_MAX:
-                self._indexes.popitem(last=False)
+            names = await self._learn_index(object_id)
         if name not in names:
             return None
         position = names.index(name) + 1
         return names[position] if position < len(names) else None
+
+    async def _learn_index(self, object_id: ObjectId) -> tuple[str, ...]:
+        """The files that an index names; none while it is not here as a whole."""
+        async with self._parsing:  # and then the copy: who waits has none
+            names = self._indexes.get(object_id)
+            if names is None:
+                text = await self._cache.peek(object_id, object_id.size)
+                if text is None:
+                    return ()
+                names = self._indexes[object_id] = await self._offload.disk(formats.shard_names, text)
+                while len(self._indexes) > INDEXES_MAX:
+                    self._indexes.popitem(last=False)
+            return names
 
     def check_invariants(self) -> None:
         assert self._layouts_bytes == sum(layout.memory_bytes for layout in self._layouts.values())
