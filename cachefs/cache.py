@@ -304,13 +304,9 @@ class ChunkCache:
     def has_head(self, object_id: ObjectId, length: int) -> bool:
         """Whether the first `length` bytes are here, in a buffer or in the blob."""
         cached = self._blobs.find(object_id)
-        if cached is None:
-            return False
-        for span in chunk.chunk_spans(object_id.size, 0, length):
-            fill = cached.fills.get(span.index)
-            if cached.states[span.index] == ABSENT and (fill is None or not fill.has(span)):
-                return False
-        return True
+        return cached is not None and all(
+            _is_here(cached, span) for span in chunk.chunk_spans(object_id.size, 0, length)
+        )
 
     async def peek(self, object_id: ObjectId, length: int) -> bytes | None:
         """A copy of the first `length` bytes if all are here, for hints: no read that counts, never a request.
@@ -320,7 +316,7 @@ class ChunkCache:
         parts: list[bytes] = []
         for span in chunk.chunk_spans(object_id.size, 0, length):
             cached = self._blobs.find(object_id)
-            if cached is None or not self.has_head(object_id, length):
+            if cached is None or not _is_here(cached, span):
                 return None
             fill = cached.fills.get(span.index)
             if fill is not None and fill.buffer is not None and fill.has(span):
@@ -462,6 +458,12 @@ class ChunkCache:
                 continue
             rows = {int.from_bytes(key[16:], "big"): value for key, value in self._index.scan(Table.CHUNKS, cached.key)}
             assert rows == {i: cached.digest(i) for i, state in enumerate(cached.states) if state != ABSENT}
+
+
+def _is_here(cached: CachedObject, span: ChunkSpan) -> bool:
+    """In a buffer or in the blob."""
+    fill = cached.fills.get(span.index)
+    return cached.states[span.index] != ABSENT or (fill is not None and fill.has(span))
 
 
 class _Patience:

@@ -121,7 +121,7 @@ class Core:
         """SOURCE[/PATH] with its options; a mounted volume lends the options that were not given."""
         mounted = self.volume_of(config.source)
         plain = VolumeConfig(name="", source=config.source)
-        if mounted is not None and (msgspec.structs.replace(config, name="", uid=0, gid=0, prefetch="auto") == plain):
+        if mounted is not None and msgspec.structs.replace(config, name="", uid=0, gid=0, prefetch="auto") == plain:
             config = msgspec.structs.replace(mounted, source=config.source, include=(), exclude=())
         store = self.open_store(config)
         probe = store.object_id(ObjectInfo(_PROBE_NAME, 0, "", 0.0))

@@ -147,10 +147,8 @@ class Fills:
         owner = None if loads else cached.object_id.source
         if owner is not None:
             source = self.source(owner)
-            if (
-                trio.current_time() < source.quiet_until_s
-                or source.fetching >= (source.spare_pace if spare else source.pace).limit
-            ):
+            pace = source.spare_pace if spare else source.pace
+            if trio.current_time() < source.quiet_until_s or source.fetching >= pace.limit:
                 return False
         cached.busy += 1  # the buffer may be reclaimed from a chunk of this very object, which must stay known
         buffer = self.pool.take_nowait(owner)

@@ -173,8 +173,7 @@ class Keeper:
             send_message(sock, Message("session"), handed)
         except ConnectionError:
             sock.close()
-            os.kill(pid, signal.SIGKILL)  # our child, not waited for yet: the pid is its own
-            _, status = os.waitpid(pid, 0)
+            status = _end_child(pid)
             log(f"server {pid} ended before it had its session (status {os.waitstatus_to_exitcode(status)})")
             return None
         return pid, sock
@@ -446,6 +445,12 @@ def _inherit_credentials(inherit: bool) -> None:
         os.set_inheritable(descriptor, inherit)
 
 
+def _end_child(pid: int) -> int:
+    """Its wait status. It was not waited for yet: the pid is its own."""
+    os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+
 def start(ready_fd: int, server_module: str, *, foreground: bool, waiting_pid: int, link: int) -> int:
     """A new mount, for a command that reads one line from ready_fd; `link` is the socket to a server that waits.
 
@@ -464,8 +469,7 @@ def start(ready_fd: int, server_module: str, *, foreground: bool, waiting_pid: i
     except (CachefsError, msgspec.DecodeError, OSError) as exc:
         log(f"cannot mount: {exc}")
         if waiting_pid > 0:
-            os.kill(waiting_pid, signal.SIGKILL)  # our child, not waited for yet: the pid is its own
-            os.waitpid(waiting_pid, 0)
+            _end_child(waiting_pid)
         exit_code = exc.exit_code if isinstance(exc, CachefsError) else UsageError.exit_code
         os.write(ready_fd, json.dumps({"error": str(exc), "exit_code": exit_code}).encode() + b"\n")
         return exit_code

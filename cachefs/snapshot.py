@@ -17,7 +17,7 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import msgspec
 import trio
@@ -225,10 +225,19 @@ class Snapshots:
         held = self._memory.get(key)
         if held is not None:
             return volume.filtered(directory, held[1])
+        listing = await self._whole(self._flights.join, key, functools.partial(self._load, key, volume, directory))
+        return volume.filtered(directory, listing)
+
+    async def _whole(
+        self,
+        join: Callable[[bytes, Callable[[], Awaitable[Listing]]], Awaitable[Listing]],
+        key: bytes,
+        make: Callable[[], Awaitable[Listing]],
+    ) -> Listing:
+        """What `join` gives; after a freeze_short() that was joined, and ended because there is more, once more."""
         while True:
-            with contextlib.suppress(_TooLongError):  # of a freeze_short() that was joined
-                listing = await self._flights.join(key, functools.partial(self._load, key, volume, directory))
-                return volume.filtered(directory, listing)
+            with contextlib.suppress(_TooLongError):
+                return await join(key, make)
 
     async def freeze_short(self, volume: Volume, directory: str) -> Listing | None:
         """As freeze(); None for a directory that is not frozen and takes more than one LIST."""
@@ -249,10 +258,8 @@ class Snapshots:
         if self._offline:
             raise Offline(f"{join(volume.store.url, directory)} cannot be listed again offline")
         key = self._key(volume, directory)
-        while True:
-            with contextlib.suppress(_TooLongError):
-                listing = await self._flights.join_later(key, functools.partial(self._list, key, volume, directory))
-                return volume.filtered(directory, listing)
+        make = functools.partial(self._list, key, volume, directory)
+        return volume.filtered(directory, await self._whole(self._flights.join_later, key, make))
 
     def peek(self, volume: Volume, directory: str) -> Listing | None:
         """What memory or else the index (of any session) knows; never asks the store."""
