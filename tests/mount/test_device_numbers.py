@@ -1,5 +1,6 @@
 """The kernel gives the device number of an unmounted file system to the next one: that one must be left alone."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -19,7 +20,8 @@ def test_keeper_that_notices_its_unmount_late_leaves_the_next_mount_alone(tmp_pa
     (tmp_path / "two").mkdir()
     source = volume("m", "s3://models/m", origin.endpoint_url)
     one, two = Mounted(tmp_path / "one", [source]), Mounted(tmp_path / "two", [source])
-    with one:
+    with one, contextlib.ExitStack() as stack:
+        stack.push(two)  # its end, also if it is never started
         keeper, server = one.keeper_pid, one.first_server_pid
         found = find_mount(one.mountpoint)
         assert found is not None
@@ -35,11 +37,8 @@ def test_keeper_that_notices_its_unmount_late_leaves_the_next_mount_alone(tmp_pa
             for pid in (keeper, server):
                 os.kill(pid, signal.SIGCONT)
         with_same_number = find_mount(two.mountpoint)
-        try:
-            wait_for(lambda: not alive(keeper), "the keeper of the first mount ends")
-            assert with_same_number is not None
-            print("the same device number:", with_same_number.major_minor == found.major_minor)
-            assert (two.path() / "a").read_bytes() == b"bytes"
-            assert find_mount(two.mountpoint) == with_same_number
-        finally:
-            two.stop()
+        wait_for(lambda: not alive(keeper), "the keeper of the first mount ends")
+        assert with_same_number is not None
+        print("the same device number:", with_same_number.major_minor == found.major_minor)
+        assert (two.path() / "a").read_bytes() == b"bytes"
+        assert find_mount(two.mountpoint) == with_same_number
