@@ -117,6 +117,10 @@ class ChunkCache:
             await trio.sleep(TOUCH_SECONDS)
             await self._committer.persist_access_times()
 
+    async def prepare(self) -> None:
+        """Before somebody reads: see BufferPool.prepare()."""
+        await self._fills.pool.prepare(self._offload.disk)
+
     async def drain(self, fills_s: float = DRAIN_SECONDS) -> None:
         """At shutdown, before run() is cancelled: fills in flight end (`fills_s` at most), commit, note a clean end."""
         with trio.move_on_after(fills_s):

@@ -169,6 +169,7 @@ async def _serve(
         if not link.on_node:
             nursery.start_soon(server.watch_binds)
         link.ready()
+        nursery.start_soon(core.cache.prepare)
         nursery.start_soon(ahead.run)
         log.info("serving %d volumes", len(core.volumes))
         await ended.wait()

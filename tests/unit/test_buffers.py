@@ -1,5 +1,8 @@
 """The buffer pool: fixed, shared fairly, demand first."""
 
+import mmap
+import resource
+
 import pytest
 import trio
 import trio.testing
@@ -134,3 +137,35 @@ def test_a_discarded_buffer_is_replaced_by_another() -> None:
     assert other is not None
     assert other is not buffer
     pool.check_invariants()
+
+
+def test_a_prepared_buffer_is_the_first_one_taken_and_has_its_memory() -> None:
+    async def scenario() -> None:
+        pool = BufferPool(64 * mmap.PAGESIZE, 2)
+        await pool.prepare(trio.to_thread.run_sync)
+        pool.check_invariants()
+        prepared = pool.take_nowait(None)
+        assert prepared is not None
+        assert faults_of_writing(prepared) < 8  # of 64 pages
+
+    trio.run(scenario)
+
+
+def test_no_buffer_is_prepared_when_all_are_taken() -> None:
+    async def scenario() -> None:
+        pool = BufferPool(BYTES, 1)
+        taken = pool.take_nowait(None)
+        assert taken is not None
+        await pool.prepare(trio.to_thread.run_sync)
+        assert pool.available == 0
+        pool.give_back(taken)
+        pool.check_invariants()
+
+    trio.run(scenario)
+
+
+def faults_of_writing(buffer: Buffer) -> int:
+    data = b"x" * len(buffer.view)  # not zeros: they would have no memory of their own
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    buffer.view[:] = data
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
