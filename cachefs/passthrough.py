@@ -28,6 +28,7 @@ SELF_CHECK_INODE = 2**32 - 1
 NOT_CHECKED = "not checked yet"
 SELF_CHECK_DEADLINE_S = 5.0
 SELF_CHECK_BYTES = 128 * 1024
+SELF_CHECK_PREFIX = ".cachefs-self-check-"
 PIPE_BYTES = 65536
 
 _READER = """
@@ -89,19 +90,29 @@ class Passthrough:
         self.reason = reason or NOT_CHECKED
         self.check_file: SelfCheck | None = None
         self._known: dict[int, _Known] = {}
+        self._left_by_check: list[int] = []
+        """Of the check file of a server that was killed: with that id there, the keeper refuses another check file."""
         for backing in link.backings():
+            if backing.node == SELF_CHECK_INODE:
+                self._left_by_check.append(backing.backing_id)
+                continue
             self._known[backing.node] = _Known(backing.backing_id, backing.device, backing.inode, inherited=True)
         self._refused_logged = False
 
     def disable(self, reason: str) -> None:
         """Not tried from now on; what was said first stays."""
-        if self.reason == NOT_CHECKED:
+        if self.unchecked:
             self.reason = reason
 
     def believe(self) -> None:
         """An earlier server of this mount saw it work."""
-        if self.reason == NOT_CHECKED:
+        if self.unchecked:
             self.reason = ""
+
+    @property
+    def unchecked(self) -> bool:
+        """It may work, and only a check can tell."""
+        return self.reason == NOT_CHECKED
 
     @property
     def enabled(self) -> bool:
@@ -164,16 +175,21 @@ class Passthrough:
     async def check(self, mountpoint: Path, directory: Path, nursery: trio.Nursery) -> None:
         """One passthrough open of a test file, by another process: no READ comes and the bytes are right, or the
         mode is off and `reason` says why. The file lies in `directory` (of the local tier) while it is registered.
+        What the check of a killed server left there goes first.
 
         Never raises for what the kernel or the file system refuse; needs the FUSE loop to run.
         """
-        if self.reason != NOT_CHECKED:
+        if not self.unchecked:
             return
         data = secrets.token_bytes(SELF_CHECK_BYTES)
-        name = f".cachefs-self-check-{secrets.token_hex(8)}"
+        name = f"{SELF_CHECK_PREFIX}{secrets.token_hex(8)}"
         path = directory / name
         backing_id = 0
         try:
+            while self._left_by_check:
+                await self._link.close_backing(self._left_by_check.pop())
+            for left in directory.glob(f"{SELF_CHECK_PREFIX}*"):
+                left.unlink(missing_ok=True)
             with path.open("xb") as file:
                 file.write(data)
             with path.open("rb", buffering=0) as file:
