@@ -258,7 +258,7 @@ async def _report(vfs: Vfs, session: Session, running: trio.Event, task_status: 
     try:
         await running.wait()
         if session.restarted or session.config.as_root:
-            vfs.check_passthrough_later(opens_wait=not session.restarted)  # it starts a process: 25 ms
+            vfs.check_passthrough_later()  # it starts a process: 25 ms
         else:
             await vfs.check_passthrough()  # or fusermount3 would find the mount busy with it, right after the start
     finally:

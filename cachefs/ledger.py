@@ -25,6 +25,7 @@ SLOTS_MAX = 65536
 _WORD_MAGIC, _WORD_FLAGS, _WORD_LAST = 0, 1, 2
 _FLAG_PASSTHROUGH_CHECKED = 1
 _FLAG_OVERFLOWED = 2
+_FLAG_PASSTHROUGH_CHECK_ENDED = 4  # older servers neither set nor clear it
 _UNCERTAIN = 1 << 29
 _OPENS_MAX = _UNCERTAIN - 1
 
@@ -115,7 +116,7 @@ class Ledger:
         word = self._words[slot]
         return OpenEntry(word >> 32, Mode(word >> 30 & 3), word & _OPENS_MAX, bool(word & _UNCERTAIN))
 
-    # The self-check of passthrough, done once per mount
+    # The self-check of passthrough, until it worked once in this mount
 
     @property
     def passthrough_checked(self) -> bool:
@@ -124,3 +125,11 @@ class Ledger:
 
     def note_passthrough_checked(self) -> None:
         self._words[_WORD_FLAGS] |= _FLAG_PASSTHROUGH_CHECKED
+
+    @property
+    def passthrough_check_ended(self) -> bool:
+        """A server of this mount came to the end of a check, whatever it saw. Older versions note only a success."""
+        return bool(self._words[_WORD_FLAGS] & (_FLAG_PASSTHROUGH_CHECKED | _FLAG_PASSTHROUGH_CHECK_ENDED))
+
+    def note_passthrough_check_ended(self) -> None:
+        self._words[_WORD_FLAGS] |= _FLAG_PASSTHROUGH_CHECK_ENDED

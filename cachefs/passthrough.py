@@ -29,6 +29,14 @@ NOT_CHECKED = "not checked yet"
 SELF_CHECK_DEADLINE_S = 5.0
 SELF_CHECK_BYTES = 128 * 1024
 SELF_CHECK_PREFIX = ".cachefs-self-check-"
+CHECK_WAIT_S = 5.0
+"""How long an open waits for a check at most. The check usually takes 25 ms, but 10 s for each question that a keeper
+does not answer."""
+
+CHECK_WAITERS_MAX = 256
+"""Opens that wait at one time, of the 1200 requests that are served: with 1300 openers and no limit the check's own
+requests were not read, and it failed."""
+
 PIPE_BYTES = 65536
 
 _READER = """
@@ -77,6 +85,39 @@ class SelfCheck(msgspec.Struct):
     backing_id: int
     data: bytes
     reads: int = 0
+
+
+class CheckWait:
+    """Who has to know what a running check will say waits here, never without end. For the trio thread."""
+
+    def __init__(self) -> None:
+        self._ended: trio.Event | None = None
+        self._until_s = 0.0
+        self._waiting = 0
+
+    @property
+    def running(self) -> bool:
+        return self._ended is not None
+
+    def begin(self) -> None:
+        self._ended = trio.Event()
+        self._until_s = trio.current_time() + CHECK_WAIT_S
+
+    def end(self) -> None:
+        if self._ended is not None:
+            self._ended.set()
+            self._ended = None
+
+    async def wait(self) -> None:
+        """Until end(), or CHECK_WAIT_S after begin(); not at all where CHECK_WAITERS_MAX wait already."""
+        if self._ended is None or self._waiting >= CHECK_WAITERS_MAX:
+            return
+        self._waiting += 1
+        try:
+            with trio.move_on_at(self._until_s):
+                await self._ended.wait()
+        finally:
+            self._waiting -= 1
 
 
 class Passthrough:

@@ -25,7 +25,7 @@ from cachefs.link import KeeperLink
 from cachefs.metrics import Metrics
 from cachefs.notifier import Notifier
 from cachefs.openfiles import OpenFiles, OpenInode, inode_of, passthrough_handle
-from cachefs.passthrough import SELF_CHECK_INODE, BackingReplaced, Passthrough, unavailable_reason
+from cachefs.passthrough import SELF_CHECK_INODE, BackingReplaced, CheckWait, Passthrough, unavailable_reason
 from cachefs.prefetch import Known, Place, Prefetcher
 from cachefs.store import Store
 from cachefs.tree import ROOT_INODE, Node, Tree
@@ -146,9 +146,8 @@ class Vfs:
         self._refreshes: dict[int, trio.Event] = {}
         self._refreshed_s: dict[int, float] = {}
         self._nursery: trio.Nursery | None = None
-        self._check_ended = trio.Event()
-        """Opens of sealed files, and who asks for the mode, wait for this."""
-        self._check_ended.set()
+        self._check_wait = CheckWait()
+        """Of opens of sealed files, and of who asks for the mode."""
 
     # Life
 
@@ -182,31 +181,34 @@ class Vfs:
                 self._nursery = None  # the cache drains after us, and seals objects while it does
 
     async def check_passthrough(self) -> None:
-        """See Passthrough.check(). Nothing more is done once it worked in this mount."""
+        """See Passthrough.check(). Nothing is done once it worked in this mount, or where it cannot work."""
         assert self._nursery is not None
+        if not self._passthrough.unchecked:
+            return
         directory = self._config.server.state_dir / "blobs"
         await self._passthrough.check(self._root_path, directory, self._nursery)
         if self._passthrough.enabled:
             self._ledger.note_passthrough_checked()
+        self._ledger.note_passthrough_check_ended()  # not by a server that is killed or replaced before
 
-    def check_passthrough_later(self, *, opens_wait: bool) -> None:
-        """The same in the background. `opens_wait`: opens of sealed files wait for its end (5 s at most), so that none
-        is cached for want of 25 ms; the readers of a restarted server have waited already."""
+    def check_passthrough_later(self) -> None:
+        """The same in the background. Opens of sealed files wait for its end (see CheckWait), so that none is cached
+        for want of 25 ms; not where an earlier server came to an end of it in vain: its readers have waited."""
         assert self._nursery is not None
-        if opens_wait:
-            self._check_ended = trio.Event()
-        self._nursery.start_soon(self._check_in_background, self._check_ended)
+        if self._passthrough.unchecked and not self._ledger.passthrough_check_ended:
+            self._check_wait.begin()
+        self._nursery.start_soon(self._check_in_background)
 
-    async def _check_in_background(self, ended: trio.Event) -> None:
+    async def _check_in_background(self) -> None:
         try:
             if self._nursery is not None:  # else this server ends already
                 await self.check_passthrough()
         finally:
-            ended.set()
+            self._check_wait.end()
 
     async def wait_for_passthrough_check(self) -> None:
-        """Until passthrough_state() says what holds from now on."""
-        await self._check_ended.wait()
+        """Until passthrough_state() says what holds from now on, as far as CheckWait waits."""
+        await self._check_wait.wait()
 
     def passthrough_state(self) -> tuple[bool, list[str]]:
         """Whether sealed files are read by the kernel itself, and if not, why."""
@@ -307,6 +309,8 @@ class Vfs:
         node = self._tree.node(inode)
         if node.is_directory:
             raise IsADirectory(f"{node.path} is a directory")
+        if self._check_wait.running and self._has_no_mode_yet(node):
+            await self._check_wait.wait()  # not with the inode's lock: who waits for that is not counted
         if node.superseded:
             await self._check_same_version(node)
         async with self._files.using(inode, node) as state:
@@ -319,6 +323,15 @@ class Vfs:
                 self._files.add_open(state, Mode.CACHED)
         self._metrics.opens.labels(state.mode.name.lower()).inc()
         return Opened(handle, keep_cache=backing_id is None)
+
+    def _has_no_mode_yet(self, node: Node) -> bool:
+        """It is sealed, and its next open decides whether the kernel reads it by itself."""
+        state = self._files.get(node.inode)
+        return (
+            (state is None or not state.is_open)
+            and node.object_id is not None
+            and self._cache.is_sealed(node.object_id)
+        )
 
     async def _check_same_version(self, node: Node) -> None:
         """A superseded inode may be opened when its path only got a new number because the file was sealed."""
@@ -338,8 +351,6 @@ class Vfs:
                 self._publish_anew(state)  # it was sealed before this server came; the next open has it better
             return None
         if not is_open:
-            if self._cache.is_sealed(node.object_id):
-                await self._check_ended.wait()
             unknown = self._files.unknown_are_cached
             if not self._passthrough.enabled or unknown or not self._cache.is_sealed(node.object_id):
                 return None

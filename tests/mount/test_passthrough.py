@@ -354,6 +354,29 @@ def test_after_a_clean_end_blobs_are_believed(tmp_path: Path, origin: LyingServe
         assert on.opens("passthrough") == opens + 1
 
 
+@pytest.mark.parametrize("how", ["kill", "upgrade"])
+def test_file_opened_after_a_server_went_during_its_check_is_read_by_the_kernel(
+    tmp_path: Path, origin: LyingServer, data: bytes, how: str
+) -> None:
+    put_and(origin, data, "big")
+    with stage(tmp_path, origin) as on:
+        on.fill("big", data)
+        on.mount.stop()
+        on.mount.server_module = "tests.mount.held_check_server"
+        on.mount.start()
+        wait_for((on.mount.state_dir / "checking").exists, "the first server is at its check")
+        if how == "kill":
+            Killer(on.mount).kill_server()
+        else:
+            on.mount.call("upgrade", python=sys.executable)
+        assert on.path("big").read_bytes() == data  # the next server's check ends after this open has come
+        assert (on.opens("passthrough"), on.opens("cached"), on.upcalls()) == (1, 0, 0)
+        status = on.mount.status()
+        assert (status["volumes"][0]["passthrough"], status["volumes"][0]["mode_reasons"]) == (True, [])
+        assert status["server"]["pid"] != on.mount.first_server_pid or how == "kill"
+        assert list((on.mount.state_dir / "blobs").glob(".*")) == []
+
+
 def crash(mount: Mounted) -> None:
     """As a power cut does: keeper and server at once, nothing is unmounted."""
     pids = {mount.keeper_pid, mount.server_pid()}

@@ -1,6 +1,7 @@
 """The ledger: what outlives a SIGKILL of the server."""
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -60,6 +61,29 @@ def test_passthrough_check_is_remembered(fd):
     assert not Ledger(fd).passthrough_checked
     Ledger(fd).note_passthrough_checked()
     assert Ledger(fd).passthrough_checked
+
+
+def test_end_of_a_passthrough_check_that_failed_is_remembered(fd):
+    assert not Ledger(fd).passthrough_check_ended
+    Ledger(fd).note_passthrough_check_ended()
+    assert Ledger(fd).passthrough_check_ended
+    assert not Ledger(fd).passthrough_checked
+
+
+@pytest.mark.parametrize(("flags", "ended"), [(0, False), (1, True), (2, False), (3, True)])
+def test_ledger_of_a_version_that_noted_no_ends_of_checks_is_read_right(fd, flags, ended):
+    """Bit 0: a check succeeded; bit 1: the table overflowed."""
+    Ledger(fd)
+    os.pwrite(fd, flags.to_bytes(8, sys.byteorder), 8)
+    ledger = Ledger(fd)
+    assert (ledger.passthrough_checked, ledger.overflowed) == (bool(flags & 1), bool(flags & 2))
+    assert ledger.passthrough_check_ended == ended
+    ledger.note_passthrough_check_ended()
+    # An older version looks at its two bits only, and sets bits without touching others.
+    word = int.from_bytes(os.pread(fd, 8, 8), sys.byteorder)
+    assert word & 3 == flags
+    os.pwrite(fd, (word | 1).to_bytes(8, sys.byteorder), 8)
+    assert Ledger(fd).passthrough_check_ended
 
 
 @settings(deadline=None)

@@ -5,11 +5,14 @@ from collections.abc import Iterator
 
 import pytest
 import trio
+import trio.testing
 
+from cachefs import passthrough
 from cachefs.errors import StaleInode
 from cachefs.kernel import wire
 from cachefs.ledger import Ledger, Mode, OpenEntry
 from cachefs.openfiles import PASSTHROUGH_BIT, inode_of
+from cachefs.passthrough import CHECK_WAITERS_MAX, SELF_CHECK_INODE, SELF_CHECK_PREFIX, CheckWait
 from tests.support.memory_store import MemoryStore
 from tests.vfs.stage import LEDGER_BYTES, Mount, Stage
 
@@ -308,10 +311,169 @@ def test_a_server_that_ends_before_its_check_has_begun_ends_in_order(tmp_path):
     async def main():
         for _ in range(20):  # what a nursery starts and cancels at once has run or not: that is left to chance
             async with mount.server(MemoryStore({"a": DATA})) as stage:
-                stage.vfs.check_passthrough_later(opens_wait=True)
+                stage.vfs.check_passthrough_later()
 
     trio.run(main)
     os.close(mount.ledger_fd)
+
+
+async def never(*arguments: object) -> str:
+    """Passthrough._read_back() of a check that hangs."""
+    await trio.sleep_forever()
+
+
+async def works(*arguments: object) -> str:
+    """Passthrough._read_back() where the kernel reads files by itself."""
+    return ""
+
+
+@pytest.fixture
+def unchecked(tmp_path) -> Iterator[Mount]:
+    mount = Mount(tmp_path, checked=False)
+    yield mount
+    os.close(mount.ledger_fd)
+
+
+def test_opens_wait_for_the_check_of_a_server_whose_predecessor_did_not_finish_its_own(unchecked, monkeypatch):
+    store = MemoryStore({"a": DATA})
+
+    async def main():
+        async with unchecked.server(store) as stage:
+            await warm(stage)
+            monkeypatch.setattr(stage.vfs._passthrough, "_read_back", never)
+            stage.vfs.check_passthrough_later()
+            await until(lambda: stage.vfs._passthrough.check_file is not None)
+        (left,) = unchecked.keeper.ids.values()  # the keeper would refuse another file for the same inode
+        assert left.node == SELF_CHECK_INODE
+        file = unchecked.state / "blobs" / f"{SELF_CHECK_PREFIX}left"
+        file.touch()
+        async with unchecked.server(store) as stage, trio.open_nursery() as nursery:
+            inode = (await stage.walk("a")).inode
+            go, opened = trio.Event(), []
+
+            async def read_back(*arguments: object) -> str:
+                await go.wait()
+                return ""
+
+            async def open_it() -> None:
+                opened.append(await stage.vfs.open(inode, os.O_RDONLY))
+
+            monkeypatch.setattr(stage.vfs._passthrough, "_read_back", read_back)
+            stage.vfs.check_passthrough_later()
+            nursery.start_soon(open_it)
+            await until(lambda: stage.vfs._passthrough.check_file is not None)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert opened == []
+            assert stage.keeper.closed == [left.backing_id]
+            assert not file.exists()
+            go.set()
+            await until(lambda: opened)
+            assert is_passthrough(opened[0].handle)
+            assert stage.vfs.passthrough_state() == (True, [])
+            await stage.vfs.release(opened[0].handle)
+        async with unchecked.server(store) as stage:
+            monkeypatch.setattr(stage.vfs._passthrough, "_read_back", never)
+            stage.vfs.check_passthrough_later()
+            with trio.fail_after(30):
+                _, handle = await stage.open("a")
+            assert is_passthrough(handle)  # what an earlier server saw is believed
+            await stage.vfs.release(handle)
+
+    trio.run(main)
+
+
+def test_opens_do_not_wait_where_an_earlier_check_failed(unchecked, monkeypatch):
+    store = MemoryStore({"a": DATA})
+
+    async def main():
+        async with unchecked.server(store) as stage:
+            await warm(stage)
+            stage.keeper.refuse = "Too many levels of symbolic links"
+            await stage.vfs.check_passthrough()
+            stage.keeper.refuse = ""
+        monkeypatch.setattr(passthrough, "CHECK_WAIT_S", 3600.0)
+        async with unchecked.server(store) as stage:
+            monkeypatch.setattr(stage.vfs._passthrough, "_read_back", never)
+            stage.vfs.check_passthrough_later()
+            with trio.fail_after(30):
+                _, handle = await stage.open("a")
+            assert not is_passthrough(handle)
+            await stage.vfs.release(handle)
+
+    trio.run(main)
+
+
+def test_opens_wait_for_the_first_check_where_earlier_servers_could_not_make_one(unchecked, monkeypatch):
+    """Their version had no extension module, say."""
+    store = MemoryStore({"a": DATA})
+
+    async def main():
+        async with unchecked.server(store, kernel_disable=("passthrough",)) as stage:
+            await warm(stage)
+            stage.vfs.check_passthrough_later()
+            with trio.fail_after(30):
+                _, handle = await stage.open("a")
+            assert not is_passthrough(handle)
+            await stage.vfs.release(handle)
+        assert not Ledger(unchecked.ledger_fd).passthrough_check_ended
+        async with unchecked.server(store) as stage:
+            monkeypatch.setattr(stage.vfs._passthrough, "_read_back", works)
+            stage.vfs.check_passthrough_later()
+            _, handle = await stage.open("a")
+            assert is_passthrough(handle)
+            await stage.vfs.release(handle)
+
+    trio.run(main)
+
+
+def test_check_that_hangs_or_has_many_waiters_holds_up_no_more_opens(unchecked, monkeypatch):
+    store = MemoryStore({"a": DATA, "b": DATA})
+
+    async def main():
+        async with unchecked.server(store) as stage:
+            await warm(stage, "a")
+            await warm(stage, "b")
+            monkeypatch.setattr(stage.vfs._passthrough, "_read_back", never)
+            monkeypatch.setattr(passthrough, "CHECK_WAIT_S", 3600.0)
+            stage.vfs.check_passthrough_later()
+            inode = (await stage.walk("a")).inode
+            async with trio.open_nursery() as nursery:
+                for _ in range(CHECK_WAITERS_MAX):
+                    nursery.start_soon(stage.vfs.open, inode, os.O_RDONLY)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                with trio.fail_after(30):
+                    for path in ("a", "b"):
+                        _, handle = await stage.open(path)
+                        assert not is_passthrough(handle)
+                        await stage.vfs.release(handle)
+                nursery.cancel_scope.cancel()
+        monkeypatch.setattr(passthrough, "CHECK_WAIT_S", 0.05)
+        async with unchecked.server(store) as stage:
+            monkeypatch.setattr(stage.vfs._passthrough, "_read_back", never)
+            stage.vfs.check_passthrough_later()
+            with trio.fail_after(30):
+                _, handle = await stage.open("a")
+            assert not is_passthrough(handle)
+            await stage.vfs.release(handle)
+
+    trio.run(main)
+
+
+def test_wait_for_a_check_is_counted_from_its_beginning():
+    async def main():
+        wait = CheckWait()
+        await wait.wait()
+        assert trio.current_time() == 0.0
+        wait.begin()
+        for _ in range(3):
+            await wait.wait()
+            assert trio.current_time() == passthrough.CHECK_WAIT_S
+        wait.end()
+        await wait.wait()
+        assert not wait.running
+
+    clock = trio.testing.MockClock(autojump_threshold=0)
+    trio.run(main, clock=clock)
 
 
 def test_many_openers_at_once_share_one_backing_id(mount):
