@@ -1,6 +1,7 @@
 """`mount`, `umount` and `upgrade`: what the command line does around keeper and server."""
 
 import contextlib
+import functools
 import os
 import select
 import signal
@@ -17,16 +18,18 @@ from cachefs.cli_context import Command
 from cachefs.client import RemoteError, ServerGone
 from cachefs.config import MountConfig, ServerConfig, VolumeConfig
 from cachefs.errors import CachefsError, StateBusy, UsageError, WorkFailed
+from cachefs.kernel.locks import MOUNT_LOCK, ROOT_NAME, remove_runtime_dir
 from cachefs.settings import PARSERS, chosen_server_options, runtime_base
-from cachefs.state import file_lock, make_state_dir, state_lock
+from cachefs.state import file_lock, make_state_dir, remove_state_dir, state_lock
 
 MOUNT_LOCK_S = 120.0
 COMING_UP_S = 30.0
 """A server that is restarted by its keeper answers within this, or something is wrong."""
 GONE_S = 60.0
 LAZY_S = 3.0
+MADE_MAX = 100
+"""How often the runtime directory may vanish while it is made: each time a session has ended."""
 UPGRADE_S = 90.0
-ROOT_NAME = "root"
 _IGNORED_OPTIONS = ("ro", "nosuid", "nodev", "default_permissions", "noatime", "_netdev", "nofail", "defaults", "auto")
 
 
@@ -62,17 +65,19 @@ def mount(command: Command, source: str, mountpoint: str, *, foreground: bool) -
     shown = Path(os.path.realpath(volume.source.removeprefix("file://")))
     if volume.source.startswith("file://") and (place == shown or shown in place.parents):
         raise UsageError(f"the mount point {place} lies in the source {shown}: it would show itself")
-    made = [path for path in (server.state_dir, server.runtime_dir) if not path.exists()]
+    make = functools.partial(_make_runtime_dir, server.runtime_dir, command)
+    made = not server.runtime_dir.exists()
+    make()
     try:
-        make_state_dir(server.state_dir)
-        _make_runtime_dir(server.runtime_dir, command)
         busy = f"another mount on {server.state_dir} (process {{holder}}) does not end: see its log"
-        with file_lock(server.runtime_dir / "mount.lock", wait_s=MOUNT_LOCK_S, busy=busy):
+        with (
+            file_lock(server.runtime_dir / MOUNT_LOCK, wait_s=MOUNT_LOCK_S, busy=busy, make=make),
+            _made_state_dir(server.state_dir),
+        ):
             recover_dead_mount(place)
             done = _mount_locked(command, server, volume, place, foreground=foreground)
     except BaseException:
-        _tidy(server.runtime_dir)
-        _remove_if_empty(made)
+        remove_runtime_dir(server.runtime_dir, ours=made)
         raise
     return {
         "source": volume.source,
@@ -100,35 +105,41 @@ def check_places(server: ServerConfig, place: Path, *, device: str = "/dev/fuse"
 
 def _make_runtime_dir(runtime_dir: Path, command: Command) -> None:
     """Raises UsageError unless it is, or can be made, a directory of this user's alone."""
+    for attempt in range(MADE_MAX):
+        try:
+            _make_private_dir(runtime_dir, command)
+            return
+        except (FileNotFoundError, FileExistsError) as exc:  # removed meanwhile, by a session that has ended
+            if attempt == MADE_MAX - 1:
+                raise UsageError(f"{runtime_dir} cannot be made ({exc.strerror}): set XDG_RUNTIME_DIR") from exc
+        except OSError as exc:
+            raise UsageError(f"{runtime_dir} cannot be made ({exc.strerror}): set XDG_RUNTIME_DIR") from exc
+
+
+def _make_private_dir(runtime_dir: Path, command: Command) -> None:
     base = runtime_base(command.environ, command.uid)  # maybe in /tmp, where anybody could have made it
+    for directory in (base, runtime_dir) if runtime_dir.parent == base else (runtime_dir,):
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = directory.lstat() if directory == base else directory.stat()
+        if found.st_uid != command.uid:
+            raise UsageError(f"{directory} belongs to user {found.st_uid}: set XDG_RUNTIME_DIR to a directory of yours")
+    if found.st_mode & 0o077:
+        if any(runtime_dir.iterdir()):  # /tmp or /run must not become 0700
+            raise UsageError(f"{runtime_dir} is open to other users: choose a directory of mode 0700, or an empty one")
+        runtime_dir.chmod(0o700)
+
+
+@contextlib.contextmanager
+def _made_state_dir(state_dir: Path) -> Iterator[None]:
+    """The state directory; when nothing comes of the mount, one that this command made is removed. Under mount.lock."""
+    made = not state_dir.exists()
     try:
-        for directory in (base, runtime_dir) if runtime_dir.parent == base else (runtime_dir,):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = directory.lstat() if directory == base else directory.stat()
-            if found.st_uid != command.uid:
-                raise UsageError(
-                    f"{directory} belongs to user {found.st_uid}: set XDG_RUNTIME_DIR to a directory of yours"
-                )
-        if found.st_mode & 0o077:
-            if any(runtime_dir.iterdir()):  # /tmp or /run must not become 0700
-                raise UsageError(
-                    f"{runtime_dir} is open to other users: choose a directory of mode 0700, or an empty one"
-                )
-            runtime_dir.chmod(0o700)
-    except OSError as exc:
-        raise UsageError(f"{runtime_dir} cannot be made ({exc.strerror}): set XDG_RUNTIME_DIR") from exc
-
-
-def _remove_if_empty(made: list[Path]) -> None:
-    """What this command made, when nothing came of it: only if nothing is in it."""
-    for path in made:
-        with contextlib.suppress(OSError):
-            (path / "log").rmdir()
-        with contextlib.suppress(OSError):
-            if [entry.name for entry in path.iterdir()] in ([], ["mount.lock"], ["lock"]):
-                for entry in path.iterdir():
-                    entry.unlink()
-                path.rmdir()
+        make_state_dir(state_dir)
+        yield
+    except BaseException:
+        if made:
+            remove_state_dir(state_dir)
+        raise
 
 
 def _mount_locked(
@@ -378,7 +389,7 @@ def _umount_one(command: Command, place: Path, *, lazy: bool) -> dict[str, Any]:
         return {"unmounted": [str(place)], "in_use": False}
     waiting = _Gone(runtime_dir)
     if not waiting.was_running and (gone := recover_dead_mount(place)):
-        _tidy(runtime_dir)
+        _tidy(command, runtime_dir)
         return {"unmounted": [path for path in gone if not path.endswith(f"/{ROOT_NAME}")], "in_use": False}
     try:
         unmount_at(place, as_root=command.uid == 0, lazy=lazy)
@@ -391,7 +402,7 @@ def _umount_one(command: Command, place: Path, *, lazy: bool) -> dict[str, Any]:
         waiting.close()
     if in_use and not lazy:
         raise WorkFailed(f"{place} is unmounted, but its server does not end: see {command.state_dir}/log/server.log")
-    _tidy(runtime_dir)
+    _tidy(command, runtime_dir)
     return {"unmounted": [str(place)], "in_use": in_use}
 
 
@@ -411,8 +422,11 @@ def _umount_all(command: Command, *, lazy: bool) -> dict[str, Any]:
                 root = Path(found["mountpoint"])
         mount = find_mount(root)
         if mount is None:
+            if not waiting.was_running:
+                _tidy(command, runtime_dir)  # what a session that was killed has left
             return {"unmounted": [], "in_use": False}
         if gone := recover_dead_mount(root):
+            _tidy(command, runtime_dir)
             return {"unmounted": [place for place in gone if place != str(root)] or gone, "in_use": False}
         for other in reversed(read_mounts()):
             if other.major_minor == mount.major_minor and (other.root != "/" or not as_root):
@@ -428,14 +442,13 @@ def _umount_all(command: Command, *, lazy: bool) -> dict[str, Any]:
         waiting.close()
     if in_use and not lazy:
         raise WorkFailed(f"the server of {command.state_dir} does not end: see {command.state_dir}/log/server.log")
-    _tidy(runtime_dir)
+    _tidy(command, runtime_dir)
     return {"unmounted": unmounted, "in_use": in_use}
 
 
-def _tidy(runtime_dir: Path) -> None:
-    """The FUSE root's directory; the runtime directory itself stays, the next mount may be taking its lock."""
-    with contextlib.suppress(OSError):
-        (runtime_dir / ROOT_NAME).rmdir()
+def _tidy(command: Command, runtime_dir: Path) -> None:
+    """What the session left, unless the keeper has removed it itself or somebody goes on there."""
+    remove_runtime_dir(runtime_dir, ours=runtime_dir.parent == runtime_base(command.environ, command.uid))
 
 
 # -- upgrade ------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from cachefs.config import credentials_fd, decode
 from cachefs.errors import CachefsError, StateBusy, UsageError, WorkFailed
 from cachefs.kernel import mounts, wire
 from cachefs.kernel.backing import Backings, trusted_program
+from cachefs.kernel.locks import remove_runtime_dir
 from cachefs.kernel.newmount import hold_lock, mount, serving_descriptor, warn_about_timeouts
 from cachefs.kernel.process import how_it_ended, kill, log, open_server_log, peer_credentials, spawn
 from cachefs.kernel.session import (
@@ -474,6 +475,7 @@ def start(ready_fd: int, server_module: str, *, foreground: bool, waiting_pid: i
         os.write(ready_fd, json.dumps({"error": str(exc), "exit_code": exit_code}).encode() + b"\n")
         return exit_code
     status = Keeper(session, ready_fd, (waiting_pid, sock) if waiting_pid > 0 else None).run()
+    remove_runtime_dir(config.server.runtime_dir, keeper_fd=lock_fd)
     os.close(lock_fd)
     return status
 
@@ -502,6 +504,7 @@ def take_over(link_fd: int) -> int:
         keeper.close_lost_backings()
     log(f"took over server {session.server_pid} with {len(session.backings)} backing files")
     status = keeper.run()
+    remove_runtime_dir(session.config.server.runtime_dir, keeper_fd=lock_fd)
     os.close(lock_fd)
     return status
 

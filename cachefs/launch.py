@@ -21,6 +21,7 @@ from cachefs.config import (
     write_credentials,
 )
 from cachefs.errors import CachefsError, StateBusy, UsageError, WorkFailed
+from cachefs.kernel.locks import KEEPER_LOCK, is_locked
 from cachefs.kernel.mounts import check_mountpoint, recover_dead_mount
 from cachefs.kernel.process import open_server_log
 from cachefs.kernel.session import close_all, packet_pair
@@ -128,17 +129,7 @@ def open_log(state_dir: Path) -> int:
 
 def is_supervised(runtime_dir: Path) -> bool:
     """Whether a keeper lives that uses this runtime directory (it holds a lock there)."""
-    try:
-        lock = os.open(runtime_dir / "keeper.lock", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(lock)
-    return False
+    return is_locked(runtime_dir / KEEPER_LOCK)
 
 
 def _wait_for_end(runtime_dir: Path) -> None:

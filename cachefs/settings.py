@@ -13,6 +13,7 @@ import msgspec
 from cachefs.chunk import CHUNK_BYTES
 from cachefs.config import GIB, MIB, ServerConfig, VolumeConfig
 from cachefs.errors import UsageError
+from cachefs.kernel.locks import runtime_name
 
 SOCKET_PATH_BYTES_MAX = 107  # sun_path has 108 with its NUL
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
@@ -290,8 +291,7 @@ def runtime_dir(settings: Settings, environ: Mapping[str, str], uid: int) -> Pat
     """Sockets and FUSE root of this state directory. Raises UsageError if its sockets' paths would be too long."""
     chosen = cast(Path | None, settings["runtime_dir"])
     if chosen is None:
-        state_dir = os.path.realpath(settings["state_dir"])
-        chosen = runtime_base(environ, uid) / hashlib.blake2b(state_dir.encode(), digest_size=6).hexdigest()
+        chosen = runtime_base(environ, uid) / runtime_name(os.path.realpath(settings["state_dir"]))
     if len(os.fsencode(chosen / "control.sock")) > SOCKET_PATH_BYTES_MAX:
         raise UsageError(f"the socket path {chosen}/control.sock is longer than 107 bytes: set XDG_RUNTIME_DIR")
     return chosen

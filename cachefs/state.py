@@ -2,47 +2,43 @@
 
 import contextlib
 import errno
-import fcntl
+import functools
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cachefs.errors import StateBusy, UsageError
+from cachefs.kernel.locks import STATE_LOCK, lock_file
 
-LOCK_NAME = "lock"
 SIZE_NAME = "cache_bytes_max"
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, *, wait_s: float, busy: str) -> Iterator[int]:
-    """Hold an flock; gives its descriptor. Raises StateBusy with `busy` and the holder, UsageError if unusable."""
+def file_lock(path: Path, *, wait_s: float, busy: str, make: Callable[[], None] | None = None) -> Iterator[int]:
+    """Hold a lock file; gives its descriptor. `make` makes its directory, if that was removed meanwhile.
+
+    Raises StateBusy with `busy` and the holder, UsageError if unusable.
+    """
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = lock_file(path, wait_s=wait_s, make=make)
+    except BlockingIOError as exc:
+        raise StateBusy(busy.format(holder=_holder(path))) from exc
     except OSError as exc:
+        if exc.errno == errno.ENOLCK:
+            raise UsageError("the file system of the state directory has no locks: give another --state-dir") from exc
         raise UsageError(f"{path} cannot be written ({exc.strerror}): give another --state-dir") from exc
     try:
-        deadline = time.monotonic() + wait_s
-        while not _try_lock(descriptor):
-            if time.monotonic() >= deadline:
-                holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-                raise StateBusy(busy.format(holder=holder))
-            time.sleep(0.05)
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+def _holder(path: Path) -> str:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as exc:
-        if exc.errno == errno.ENOLCK:
-            raise UsageError("the file system of the state directory has no locks: give another --state-dir") from exc
-        raise
-    return True
+        with path.open("rb") as file:
+            return file.read(32).decode(errors="replace").partition("\n")[0].strip() or "unknown"
+    except OSError:
+        return "unknown"
 
 
 def make_state_dir(state_dir: Path) -> None:
@@ -58,6 +54,20 @@ def make_state_dir(state_dir: Path) -> None:
         raise UsageError(f"the state directory {state_dir} cannot be written: give another one with --state-dir")
 
 
+def remove_state_dir(state_dir: Path) -> None:
+    """Remove one that nothing is in but its lock and an empty log directory; not while anybody holds it."""
+    with contextlib.suppress(OSError):
+        descriptor = lock_file(state_dir / STATE_LOCK, wait_s=0.0)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                (state_dir / "log").rmdir()
+            if [entry.name for entry in state_dir.iterdir()] == [STATE_LOCK]:
+                (state_dir / STATE_LOCK).unlink()
+                state_dir.rmdir()
+        finally:
+            os.close(descriptor)
+
+
 @contextlib.contextmanager
 def state_lock(state_dir: Path, *, wait_s: float = 0.0) -> Iterator[None]:
     """Hold the state directory. Raises StateBusy when another live process does for longer than `wait_s`."""
@@ -66,7 +76,8 @@ def state_lock(state_dir: Path, *, wait_s: float = 0.0) -> Iterator[None]:
         f"the state directory {state_dir} is in use by another server or command (process {{holder}}): "
         "unmount it first, or give another one with --state-dir"
     )
-    with file_lock(state_dir / LOCK_NAME, wait_s=wait_s, busy=busy) as descriptor:
+    make = functools.partial(make_state_dir, state_dir)
+    with file_lock(state_dir / STATE_LOCK, wait_s=wait_s, busy=busy, make=make) as descriptor:
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             length = os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
             os.ftruncate(descriptor, length)

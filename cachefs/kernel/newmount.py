@@ -1,12 +1,13 @@
 """How a mount begins: mounted, the kernel's INIT answered, one keeper for a runtime directory."""
 
+import contextlib
 import fcntl
 import os
-import time
 
 from cachefs.config import MountConfig
 from cachefs.errors import CachefsError, StateBusy, UsageError
 from cachefs.kernel import mounts, wire
+from cachefs.kernel.locks import KEEPER_LOCK, lock_file, write_owner
 from cachefs.kernel.process import log
 from cachefs.kernel.session import Session
 
@@ -80,19 +81,18 @@ def serving_descriptor(session: Session) -> int:
 
 def hold_lock(config: MountConfig, timeout_s: float) -> int:
     """One keeper for a runtime directory: a lock that ends with this process. Raises StateBusy."""
-    path = config.server.runtime_dir / "keeper.lock"
-    lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline_s = time.monotonic() + timeout_s
-    while True:
-        try:
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            if time.monotonic() > deadline_s:
-                os.close(lock_fd)
-                raise StateBusy(f"another cachefs keeper uses {config.server.runtime_dir}") from exc
-            time.sleep(0.02)
-        else:
-            return lock_fd
+    runtime_dir = config.server.runtime_dir
+
+    def make() -> None:
+        with contextlib.suppress(FileExistsError):
+            runtime_dir.mkdir(0o700)  # a keeper takes over, and who saw none has removed the directory
+
+    try:
+        lock_fd = lock_file(runtime_dir / KEEPER_LOCK, wait_s=timeout_s, make=make)
+    except BlockingIOError as exc:
+        raise StateBusy(f"another cachefs keeper uses {runtime_dir}") from exc
+    write_owner(lock_fd, os.path.realpath(config.server.state_dir))
+    return lock_fd
 
 
 def warn_about_timeouts() -> None:
