@@ -73,6 +73,7 @@ $C mount "file://$DIR/source" "$DIR/two"
 {" ".join(AS_NOBODY)} cat "$DIR/two/a"
 $C umount --all
 if grep -q "fuse.cachefs.*$DIR" /proc/self/mountinfo; then exit 91; fi
+if [ -n "$(ls -A "$DIR/home/cachefs")" ]; then exit 92; fi
 """
     )
     done = subprocess.run(

@@ -1,0 +1,127 @@
+"""The runtime directory, which the command line names after the state directory: it goes with the last session."""
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cachefs import client
+from cachefs.kernel.locks import runtime_name
+from cachefs.settings import runtime_base
+from tests.mount.cli_support import Cli
+from tests.mount.harness import needs_fuse, wait_for
+
+pytestmark = needs_fuse
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Iterator[Cli]:
+    """With the runtime directory that it has by default."""
+    found = Cli(tmp_path)
+    found.runtime_dir.rmdir()
+    del found.environ["CACHEFS_RUNTIME_DIR"]
+    found.runtime_dir = runtime_base(os.environ, 0) / runtime_name(os.path.realpath(tmp_path / "state"))
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a").write_bytes(b"hello")
+    return f"file://{tmp_path}/source"
+
+
+def kill(cli: Cli, *pids: int) -> None:
+    """All at once: stopped first, so that none sees the other's death."""
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            os.kill(pid, number)
+    cli.wait_gone(*pids)
+
+
+def test_umount_leaves_nothing_also_of_two_volumes(cli: Cli, source: str) -> None:
+    one, two = cli.place("one"), cli.place("two")
+    for _ in range(2):
+        cli.run("mount", source, one)
+        cli.run("mount", source, two, "--include", "a")
+        cli.run("umount", one)
+        assert (two / "a").read_bytes() == b"hello"
+        assert client.is_running(cli.runtime_dir)
+        cli.run("umount", two)
+        assert not cli.runtime_dir.exists()
+
+
+def test_umount_of_the_system_leaves_nothing(cli: Cli, source: str) -> None:
+    cli.run("mount", source, cli.place())
+    subprocess.run(["umount", cli.place()], check=True, timeout=60)
+    wait_for(lambda: not cli.runtime_dir.exists(), "the runtime directory is gone")
+
+
+def test_after_both_were_killed_the_next_session_leaves_nothing(cli: Cli, source: str) -> None:
+    pids = cli.json("mount", source, cli.place())
+    kill(cli, pids["keeper_pid"], pids["server_pid"])
+    assert (cli.runtime_dir / "control.sock").exists()
+    cli.run("mount", source, cli.place())
+    assert (cli.place() / "a").read_bytes() == b"hello"
+    cli.run("umount", cli.place())
+    assert not cli.runtime_dir.exists()
+
+
+@pytest.mark.parametrize("what", ["place", "--all", "place without the state directory's name"])
+def test_umount_after_both_were_killed_leaves_nothing(cli: Cli, source: str, what: str) -> None:
+    pids = cli.json("mount", source, cli.place())
+    kill(cli, pids["keeper_pid"], pids["server_pid"])
+    state_dir = cli.environ["CACHEFS_STATE_DIR"]
+    if "without" in what:
+        del cli.environ["CACHEFS_STATE_DIR"]
+    cli.run("umount", "--all" if what == "--all" else cli.place())
+    cli.environ["CACHEFS_STATE_DIR"] = state_dir
+    assert cli.mounts() == []
+    assert not cli.runtime_dir.exists()
+
+
+def test_a_session_whose_keeper_was_killed_leaves_nothing(cli: Cli, source: str) -> None:
+    pids = cli.json("mount", source, cli.place())
+    os.kill(pids["keeper_pid"], signal.SIGKILL)
+    wait_for(lambda: cli.status()["keeper"]["pid"] != pids["keeper_pid"], "another keeper has taken over")
+    cli.run("umount", cli.place())
+    wait_for(lambda: not cli.runtime_dir.exists(), "the runtime directory is gone")
+
+
+def test_a_mount_that_fails_leaves_the_directory_of_a_live_session_and_none_of_its_own(cli: Cli, source: str) -> None:
+    missing = f"file://{cli.directory}/missing"
+    cli.run("mount", missing, cli.place("one"), code=2)
+    assert not cli.runtime_dir.exists()
+    assert not cli.state_dir.exists() or (cli.state_dir / "log").exists()
+    cli.run("mount", source, cli.place())
+    before = sorted(os.listdir(cli.runtime_dir))
+    cli.run("mount", missing, cli.place("one"), code=2)
+    assert sorted(os.listdir(cli.runtime_dir)) == before
+    assert (cli.place() / "a").read_bytes() == b"hello"
+
+
+def test_mounts_that_come_while_others_go_all_succeed_and_leave_nothing(cli: Cli, source: str) -> None:
+    failures: list[BaseException] = []
+
+    def come_and_go(name: str) -> None:
+        try:
+            for _ in range(3):
+                cli.run("mount", source, place := cli.place(name))
+                assert (place / "a").read_bytes() == b"hello"
+                cli.run("umount", place)
+        except BaseException as exc:
+            failures.append(exc)
+
+    threads = [threading.Thread(target=come_and_go, args=(name,)) for name in ("one", "two", "three")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    assert cli.mounts() == []
+    wait_for(lambda: not cli.runtime_dir.exists(), "the runtime directory is gone")
