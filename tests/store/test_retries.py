@@ -49,7 +49,7 @@ def test_hedges_are_few_and_leave_half_of_the_bucket_to_retries() -> None:
     assert sum(budget.take() for _ in range(100)) >= 30
 
 
-@given(st.integers(0, direct.ATTEMPTS), st.none() | st.floats(0, 1e6), st.floats(0, 1))
+@given(st.integers(0, direct.ATTEMPTS), st.none() | st.floats(0, 1e6), st.floats(0, 1, allow_subnormal=False))
 def test_a_pause_is_what_the_store_asks_for_and_more_by_chance(
     attempt: int, retry_after_s: float | None, chance: float
 ) -> None:
