@@ -355,10 +355,22 @@ class Fills:
         buffer = _buffer(fill)
         view = buffer.view[first:stop]
         requests = self._metrics.store_requests
+        told = 0
+
+        def counted(count: int) -> None:
+            nonlocal told
+            told = count
+            progress(count)
+
         try:
             await self._offload.store(
-                fill.store.fetch_into, view, fill.object_id, offset + first, offset + stop, progress
+                fill.store.fetch_into, view, fill.object_id, offset + first, offset + stop, counted
             )
+            # INVARIANT: what no store has told of is neither served nor kept: the buffer has older bytes there.
+            if told != stop - first:
+                raise IntegrityError(
+                    f"{fill.object_id.path}: the store ended a part of {stop - first} bytes after {told}"
+                )
         except trio.Cancelled:
             # The thread goes on until its deadline and may still write: this buffer is lost to the pool.
             fill.abandoned = True
