@@ -51,7 +51,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     read_timeout_s: float = 300.0
     """How long a READ waits for bytes that cannot be fetched; 0: for ever."""
     get_timeout_s: float = 30.0
-    """Most time that one GET may go without a byte."""
+    """Most time that one GET may go without a byte; making its connection counts."""
     list_timeout_s: float = 30.0
     offline: bool = False
     allow_other: bool = False

@@ -1,22 +1,38 @@
 """Connections for http.client whose large receives are one system call each, and answers that can be waited for."""
 
+import contextlib
 import http.client
 import io
 import math
+import os
+import select
 import socket
 import ssl
 import struct
 import time
-from typing import TYPE_CHECKING
+from collections import deque
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 CONNECT_SECONDS = (0.3, 1.0, 10.0)
-"""How long each attempt to connect may take. A SYN that is lost is sent again after 1 s by the kernel; when many
-connections start at once some are lost (a full accept queue), and a reader waits for just that chunk."""
+"""How long each attempt to connect may take, and then its handshake. A SYN that is lost is sent again after 1 s by the
+kernel; when many connections start at once some are lost (a full accept queue), and a reader waits for just that
+chunk."""
+HEAD_START_SECONDS = 0.3
+"""An address that has not answered by then is no longer waited for alone: the next one is tried beside it (RFC 8305
+does so after 0.25 s). From the other side of the world a SYN is answered within it."""
+ADDRESSES_MAX = 16
+"""Of one name: S3 gives eight. So many sockets are open at a time."""
+SECONDS_MIN = 0.001
 WHOLE_BYTES_MIN = 64 * 1024
 """Receives of this size wait for all of their bytes; smaller ones (answer headers) take what is there."""
+
+
+def until(end_s: float) -> float:
+    """How many seconds are left until `end_s` (monotonic); never none, which would mean for ever."""
+    return max(end_s - time.monotonic(), SECONDS_MIN)
 
 
 class WholeSocket(socket.socket):
@@ -45,7 +61,30 @@ def set_timeout(connection: socket.socket, timeout_s: float) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
 
-class _PlainConnection(http.client.HTTPConnection):
+class _Connection(http.client.HTTPConnection):
+    """Each step of the way (TCP, the proxy's answer, TLS) may take `step_s`, and all of them until `end_s` (monotonic).
+
+    http.client gives the whole timeout to each address of a name, then to the proxy and then to the handshake.
+    """
+
+    step_s = math.inf
+    end_s = math.inf
+
+    def connect(self) -> None:
+        step_s, end_s = self.step_s, self.end_s
+
+        def create(place: tuple[str, int], *_: object) -> socket.socket:
+            connected = dial(*place, step_s, end_s)
+            connected.settimeout(min(step_s, until(end_s)))  # for the proxy's answer
+            return connected
+
+        # http.client has no other hook. What is hung in must not hold the connection: nothing would free that.
+        self._create_connection = create
+        super().connect()
+        self.sock.settimeout(min(step_s, until(end_s)))  # for the handshake, which takes it as its whole time
+
+
+class _PlainConnection(_Connection):
     def connect(self) -> None:
         super().connect()
         plain: socket.socket = self.sock
@@ -53,36 +92,101 @@ class _PlainConnection(http.client.HTTPConnection):
         self.sock = WholeSocket(plain.family, plain.type, plain.proto, fileno=plain.detach())
 
 
-def connect(host: str, proxy: str | None, tls: ssl.SSLContext | None, timeout_s: float) -> http.client.HTTPConnection:
-    """An open connection to `host` (with its port), by a proxy if there is one. Raises OSError."""
-    end_s = time.monotonic() + timeout_s
+class _TlsConnection(http.client.HTTPSConnection, _Connection):
+    """HTTPSConnection makes the handshake after what _Connection does."""
+
+
+def connect(host: str, proxy: str | None, tls: ssl.SSLContext | None, end_s: float) -> http.client.HTTPConnection:
+    """An open connection to `host` (with its port), by a proxy if there is one, handshake and all by `end_s`.
+
+    `end_s` is monotonic; only the resolver keeps to times of its own. The caller sets the timeout of what follows.
+    Raises OSError.
+    """
     for attempt_s in CONNECT_SECONDS:
-        left_s = max(end_s - time.monotonic(), 0.001)
         try:
-            fresh = _connect(host, proxy, tls, min(left_s, attempt_s))
+            return _connect(host, proxy, tls, attempt_s, end_s)
         except TimeoutError:
-            if left_s <= attempt_s or attempt_s == CONNECT_SECONDS[-1]:
+            if attempt_s == CONNECT_SECONDS[-1] or time.monotonic() >= end_s:
                 raise
-        else:
-            set_timeout(fresh.sock, timeout_s)
-            return fresh
     raise AssertionError("unreachable")
 
 
-def _connect(host: str, proxy: str | None, tls: ssl.SSLContext | None, connect_s: float) -> http.client.HTTPConnection:
-    fresh: http.client.HTTPConnection
+def _connect(
+    host: str, proxy: str | None, tls: ssl.SSLContext | None, step_s: float, end_s: float
+) -> http.client.HTTPConnection:
+    fresh: _PlainConnection | _TlsConnection
     if tls is not None:
-        fresh = http.client.HTTPSConnection(proxy or host, timeout=connect_s, context=tls)
+        fresh = _TlsConnection(proxy or host, context=tls)
         if proxy:
             fresh.set_tunnel(host)
     else:
-        fresh = _PlainConnection(proxy or host, timeout=connect_s)
+        fresh = _PlainConnection(proxy or host)
+    fresh.step_s, fresh.end_s = step_s, end_s
     try:
         fresh.connect()
     except BaseException:
         fresh.close()
         raise
     return fresh
+
+
+def dial(host: str, port: int, step_s: float, end_s: float) -> socket.socket:
+    """A connection to the first address of `host` that answers; each has at least `step_s`, but none after `end_s`.
+
+    All are tried before `end_s` (monotonic): each begins a moment after the one before it, which goes on. Raises
+    TimeoutError, or the OSError of the last one when all were refused.
+    """
+    left = deque(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[:ADDRESSES_MAX])
+    racing: dict[int, socket.socket] = {}
+    failure = OSError("the name has no address")
+    poll = select.poll()
+    try:
+        while left or racing:
+            if left:
+                try:
+                    one = _begin(*left.popleft())
+                except OSError as error:
+                    failure = error
+                    continue
+                racing[one.fileno()] = one
+                poll.register(one, select.POLLOUT)
+            left_s = end_s - time.monotonic()
+            wait_s = min(HEAD_START_SECONDS, left_s / (len(left) + 1)) if left else min(step_s, left_s)
+            ready = poll.poll(max(0.0, wait_s) * 1000)
+            if not ready and (not left or left_s <= 0):
+                raise TimeoutError("no connection in time")
+            for number, _ in ready:
+                poll.unregister(number)
+                one = racing.pop(number)
+                code = one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if not code:
+                    return one
+                one.close()
+                failure = OSError(code, os.strerror(code))
+        raise failure
+    finally:
+        for one in racing.values():
+            one.close()
+
+
+def _begin(family: int, kind: int, protocol: int, name: str, address: Any) -> socket.socket:
+    """A connection on its way to one address, as getaddrinfo gave it. Raises OSError."""
+    one = socket.socket(family, kind, protocol)
+    try:
+        one.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            one.connect(address)
+    except BaseException:
+        one.close()
+        raise
+    return one
+
+
+def is_over(connection: socket.socket) -> bool:
+    """Whether a connection on which nothing is due has something to say: its end, or what no request asked for."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class Ear(io.RawIOBase):

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from cachefs.chunk import MIB, ObjectId
 from cachefs.errors import CachefsError, IntegrityError, StoreUnavailable
+from cachefs.store._connection import until
 from cachefs.store._http import Exchange, S3Client
 from cachefs.store._s3 import check_range
 from cachefs.store._straggler import CRAWL_SECONDS
@@ -65,7 +66,8 @@ def get_into(
 ) -> None:
     """Fills `buffer` with the object's bytes from `start` on; see Store.fetch_into.
 
-    `timeout_s` bounds each wait for a byte, hedged or not. `hedges` None: there is never a second GET.
+    `timeout_s` bounds the wait for the first byte, with connecting, and then each wait for another one, hedged or not.
+    `hedges` None: there is never a second GET.
     """
     where = client.where(object_id.path)
     try:
@@ -131,6 +133,8 @@ class _Get:
         # A timeout that is short leaves the hedge half of it.
         self._delay_s = timeout_s if hedges is None else min(hedges.delay_s, timeout_s / 2)
         self._runner = self._part(start, timeout_s)
+        self._end_s = self._runner.end_s
+        """The first byte of the body is due by then (monotonic)."""
         self._second: _Part | None = None
 
     def _part(self, at: int, timeout_s: float) -> _Part:
@@ -156,6 +160,8 @@ class _Get:
             got = answer.receive_into(buffer[filled : min(size, filled + piece)])
             filled += got
             now_s = time.monotonic()
+            if got and filled == got:
+                self._listen()
             if got:
                 waited_s, heard_s = max(waited_s, now_s - heard_s), now_s
             elif not answer.ear.silent and not answer.ear.looked_up:
@@ -178,34 +184,41 @@ class _Get:
 
     def _first_byte(self) -> float:
         """Asks, waits for a head and checks it; returns after how many seconds it came."""
-        self._runner.ask()
-        asked_s = time.monotonic()
-        self._runner.listen(self._delay_s)
+        asking = self._runner
+        asking.ask()
+        left_s = until(self._end_s)
+        # Connecting may have taken most of the time: then too the hedge has half of what is left.
+        self._runner.listen(min(self._delay_s, left_s / 2) if self._may_hedge else left_s)
         while not self._runner.has_head and not self._runner.heard():
             self._silent(self._start)
-        waited_s = time.monotonic() - asked_s
-        self._runner.listen(self._timeout_s)
+        waited_s = time.monotonic() - asking.asked_s
+        self._runner.listen(until(self._end_s))
         self._runner.accept()
-        if self._may_hedge and not self._runner.answer.chunked:
-            self._runner.listen(self._delay_s)
+        self._listen(until(self._end_s))
         return waited_s
+
+    def _listen(self, most_s: float = math.inf) -> None:
+        """How long the next bytes of the body may take: `most_s`, and no longer than that one may hedge or give up."""
+        patient = self._may_hedge and not self._runner.answer.chunked
+        self._runner.listen(min(most_s, self._delay_s if patient else self._timeout_s))
 
     # --- the second GET
 
     def _silent(self, at: int) -> None:
         """No byte came in time: from here on `_runner` is who gives the one at `at` first. Raises TimeoutError."""
-        if not self._may_hedge:
+        first = at == self._start
+        end_s = self._end_s if first else time.monotonic() + self._timeout_s - self._delay_s
+        if not self._may_hedge or time.monotonic() >= end_s:
             if self._hedges is not None:
                 self._hedges.note(self._timeout_s)
             raise TimeoutError("no byte in time")
-        end_s = time.monotonic() + self._timeout_s - self._delay_s
-        self._runner.stay()
         second = self._hedge(at, end_s)
-        if second is None:
-            # The store is slow as a whole, or there is no second connection to be had.
-            self._runner.listen(_until(end_s))
-        else:
+        if second is not None:
+            self._runner.stay()
             self._go_on_with(self._race([self._runner, second], end_s))
+        # Without a second one the store is slow as a whole, or there is no connection to be had.
+        if second is None or first:
+            self._runner.listen(until(end_s))
 
     def _slow(self, at: int, bytes_per_s: float) -> None:
         """The body is looked at: one that crawls is given up for a second GET, if that answers soon."""
@@ -229,7 +242,7 @@ class _Get:
         self._runner.answer.ear.look_up_s = math.inf
         if not self._hedges.start():
             return None
-        second = self._part(at, min(ASIDE_SECONDS, _until(end_s)))
+        second = self._part(at, min(ASIDE_SECONDS, until(end_s)))
         try:
             # When one idle connection died without a word, the others are likely to have died with it.
             second.ask(fresh=True)
@@ -254,7 +267,7 @@ class _Get:
                     runner.listen(GLANCE_SECONDS)
                     if not runner.heard():
                         continue
-                    runner.listen(_until(end_s) if is_first else min(ASIDE_SECONDS, _until(end_s)))
+                    runner.listen(until(end_s) if is_first else min(ASIDE_SECONDS, until(end_s)))
                     runner.accept()
                     return runner
                 except (CachefsError, OSError, http.client.HTTPException) as error:
@@ -276,11 +289,6 @@ class _Get:
             self._runner, self._second = self._second, self._runner
         self._second.finish(None)
         self._runner.listen(self._timeout_s)
-
-
-def _until(end_s: float) -> float:
-    """How many seconds are left; never none, which would mean for ever."""
-    return max(end_s - time.monotonic(), GLANCE_SECONDS)
 
 
 def _readable(runners: list[_Part], end_s: float) -> list[_Part]:

@@ -21,7 +21,7 @@ from urllib.parse import quote, urlencode, urlsplit
 from cachefs.chunk import MIB
 from cachefs.errors import CachefsError, IntegrityError, StoreUnavailable, UsageError
 from cachefs.store._aws import UNRESERVED, Credentials, sign
-from cachefs.store._connection import Answer, connect, set_timeout
+from cachefs.store._connection import Answer, connect, is_over, set_timeout, until
 from cachefs.store._s3 import Location, RawPage, parse_list, retry_after_s, status_error
 
 IDLE_CONNECTIONS_MAX = 64
@@ -30,6 +30,8 @@ IDLE_SECONDS_MAX = 15.0
 LIST_BYTES_MAX = 32 * MIB
 """1000 keys of 1024 bytes, each byte written as %XX, twice over, are 6 MB."""
 ERROR_BYTES_MAX = 64 * 1024
+GONE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+"""How a request finds that its connection had ended."""
 CODE = re.compile(r"[A-Za-z0-9.]{1,80}")
 
 
@@ -81,6 +83,7 @@ class S3Client:
             with Exchange(self, "", query, {}, timeout_s, where) as exchange:
                 exchange.ask()
                 exchange.read_head()
+                exchange.listen(timeout_s)
                 exchange.raise_for_status(200)
                 body = exchange.answer.read(LIST_BYTES_MAX + 1)
         except (OSError, http.client.HTTPException) as error:
@@ -134,17 +137,31 @@ class S3Client:
         connection.endheaders()
         return Answer(connection)
 
-    def connection(self, timeout_s: float, *, fresh: bool = False) -> tuple[http.client.HTTPConnection, bool]:
-        """An open connection, and whether it was used before (then the store may have closed it meanwhile)."""
-        with self._lock:
-            idle, kept_s = self._idle.pop() if self._idle and not fresh else (None, 0.0)
-        if idle is not None and time.monotonic() - kept_s > IDLE_SECONDS_MAX:
-            idle.close()
-            self.forget_idle()  # the others are older
-        elif idle is not None and idle.sock is not None:
-            set_timeout(idle.sock, timeout_s)
+    def connection(self, end_s: float, *, fresh: bool = False) -> tuple[http.client.HTTPConnection, bool]:
+        """An open connection, and whether it was used before (then the store may have closed it meanwhile).
+
+        A new one is made by `end_s` (monotonic) or never. The caller sets its timeout.
+        """
+        idle = None if fresh else self._take_idle()
+        if idle is not None:
             return idle, True
-        return connect(self._endpoint.netloc, self._proxy, self._tls, timeout_s), False
+        return connect(self._endpoint.netloc, self._proxy, self._tls, end_s), False
+
+    def _take_idle(self) -> http.client.HTTPConnection | None:
+        """The one that was used last of those that, as far as the kernel knows, are open."""
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                idle, kept_s = self._idle.pop()
+            if time.monotonic() - kept_s > IDLE_SECONDS_MAX:
+                idle.close()
+                self.forget_idle()  # the others are older
+                return None
+            # 0.7 us; without it a GET is sent in vain, and its reader waits for a round trip more.
+            if idle.sock is not None and not is_over(idle.sock):
+                return idle
+            idle.close()
 
     def keep(self, connection: http.client.HTTPConnection) -> None:
         """Takes back a connection whose answer was read to its end."""
@@ -191,9 +208,14 @@ class Exchange:
     """One request and its answer; the connection goes back to the pool only when the answer was read to its end.
 
     `ask`, perhaps `heard`, `read_head`, and then what `answer` gives. A context manager; or `finish` ends it.
+
+    Connection and first byte are due `timeout_s` after its making, at `end_s` (monotonic), also when an idle connection
+    turns out to be dead and is replaced. `listen` says how long each later wait may take.
     """
 
     answer: Answer
+    asked_s: float
+    """When it was sent (monotonic), the last time if it had to be sent again."""
 
     def __init__(
         self,
@@ -206,7 +228,8 @@ class Exchange:
     ) -> None:
         self._client = client
         self._request = (key, query, headers)
-        self._timeout_s = timeout_s
+        self.end_s = time.monotonic() + timeout_s
+        self._listen_s = timeout_s
         self._where = where
         self._connection: http.client.HTTPConnection | None = None
         self._used = False
@@ -215,10 +238,13 @@ class Exchange:
     def ask(self, *, fresh: bool = False) -> None:
         """Sends the request; `fresh`: on a connection that was never used."""
         while True:
-            connection, self._used = self._client.connection(self._timeout_s, fresh=fresh)
+            # Not what `listen` said: that may be the short wait before a hedge.
+            connection, self._used = self._client.connection(self.end_s, fresh=fresh)
             try:
+                set_timeout(connection.sock, min(self._listen_s, until(self.end_s)))
+                self.asked_s = time.monotonic()
                 self.answer = self._client.ask(connection, *self._request)
-            except ConnectionError:
+            except GONE:
                 connection.close()
                 if not self._used:
                     raise
@@ -233,7 +259,7 @@ class Exchange:
 
     def listen(self, timeout_s: float) -> None:
         """How long each wait for a byte may take from here on, in seconds."""
-        self._timeout_s = timeout_s
+        self._listen_s = timeout_s
         set_timeout(self.answer.ear.connection, timeout_s)
 
     def heard(self) -> bool:
@@ -241,14 +267,18 @@ class Exchange:
         while True:
             try:
                 heard = self.answer.heard()
-            except ConnectionError:
+            except GONE:
                 if self.has_head or not self._used:
                     raise
                 self._ask_anew()
             else:
-                if self.has_head and self.answer.ear.ended:
+                if not self.answer.ear.ended:
+                    return heard
+                if self.has_head:
                     raise http.client.IncompleteRead(b"")
-                return heard
+                if not self._used:
+                    return heard
+                self._ask_anew()
 
     def stay(self) -> None:
         """From here on it is a failure when the connection ends, also if it was an idle one."""
@@ -266,7 +296,7 @@ class Exchange:
         while True:
             try:
                 self.answer.read_head()
-            except (ConnectionError, http.client.BadStatusLine):
+            except (*GONE, http.client.BadStatusLine):
                 if not self._used:
                     raise
                 self._ask_anew()
@@ -284,6 +314,9 @@ class Exchange:
         connection, self._connection = self._connection, None
         if connection is None:
             return
+        if isinstance(error, TimeoutError):
+            # It may have died without a word, and idle ones with it: what is asked next is not to wait for those.
+            self._client.forget_idle()
         answered = error is None or (isinstance(error, CachefsError) and self.answer.length == 0)
         whole = answered and self.has_head and self.answer.isclosed() and not self.answer.will_close
         self.answer.close()

@@ -21,8 +21,8 @@ BACKOFF_SECONDS = 0.05
 An answer that was cut goes on at once: that is no sign of a store that has too much to do."""
 
 QUIET_SECONDS = 6.0
-"""How long the first attempt waits for a byte, its hedge included; the ones after it wait for all that is left of
-`get_timeout_s`. Both connections may have died without a word."""
+"""How long the first attempt waits for a byte, connecting and its hedge included; the ones after it wait for all that
+is left of `get_timeout_s`. Both connections may have died without a word."""
 
 RETRY_TOKENS = 64.0
 """Retries that all readers of a store may take at a time. One that fails is gone, one that helps comes back."""

@@ -32,6 +32,8 @@ Lie = Literal[
     "cut",  # the connection ends in the middle of the body (a LIST without Content-Length: in the middle of the XML)
     "hang",  # no answer until the lie is taken back
     "hang in body",  # half of the body, then nothing until the lie is taken back
+    "hang after head",  # status and headers, then nothing until the lie is taken back
+    "hang up",  # no answer but the end of the connection
     "hang, then cut",  # no answer; when the lie is taken back, the end of the connection
     "crawl",  # a quarter of the body, then 1 KiB every 20 ms until the lie is taken back
     "503",
@@ -89,6 +91,8 @@ class LyingServer:
         self.latency_s = latency_s
         self.retry_after: str | None = None
         """The Retry-After of answers with 503 and 429."""
+        self.handshake_s = 0.0
+        """How long a new connection waits before it is read from (with TLS: before its handshake)."""
         self._tls = tls
         self.waiting = 0
         """How many requests hang now."""
@@ -99,6 +103,8 @@ class LyingServer:
         self._lies: list[Told] = []
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
+        self.deaf: set[socket.socket] = set()
+        self.end = threading.Event()
         self._server: http.server.ThreadingHTTPServer | None = None
         self.port = 0
 
@@ -215,11 +221,20 @@ class LyingServer:
             return
         server.shutdown()
         server.server_close()
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Ends all connections of now, as a server does with idle ones."""
         with self._lock:
             connections = list(self._connections)
         for connection in connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+
+    def go_deaf(self) -> None:
+        """No request on a connection of now is answered any more, as when a firewall forgot them without a word."""
+        with self._lock:
+            self.deaf |= self._connections
 
     def __enter__(self) -> Self:
         self.start()
@@ -229,6 +244,7 @@ class LyingServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+        self.end.set()
         self.tell_the_truth()
 
     # --- for the handler
@@ -272,6 +288,7 @@ class LyingServer:
         finally:
             with self._lock:
                 self._connections.discard(connection)
+                self.deaf.discard(connection)
 
 
 def _size(data: bytes | Path) -> int:
@@ -309,6 +326,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         with self.origin.connected(self.connection):
+            if self.origin.handshake_s:
+                time.sleep(self.origin.handshake_s)
             super().handle()
 
     def do_HEAD(self) -> None:
@@ -322,6 +341,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         prefix = query.get("prefix", "")
         asked = self.headers.get("range", ""), self.headers.get("if-match", ""), "authorization" in self.headers
         self.origin.note(Request(self.command, bucket, key, prefix, *asked, self.path))
+        if self.connection in self.origin.deaf:
+            self.origin.end.wait(600)
         if self.origin.latency_s:
             time.sleep(self.origin.latency_s)
         if not self.origin.has_bucket(bucket):
@@ -413,22 +434,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _common_lie(self, told: Told) -> bool:
         """True when the lie is the whole answer."""
-        if told.lie == "hang":
+        if told.lie in ("hang", "hang, then cut"):
             with self.origin.hanging(told):
                 pass
-        elif told.lie == "hang, then cut":
-            with self.origin.hanging(told):
-                pass
+        if told.lie in ("hang up", "hang, then cut"):
             self._cut()
             return True
-        elif told.lie in CODES:
+        if told.lie in CODES:
             pause = self.origin.retry_after if told.lie in ("503", "429") else None
             self._error(int(told.lie), CODES[told.lie], {"Retry-After": pause} if pause else None)
             return True
-        elif told.lie == "301":
+        if told.lie == "301":
             self._error(301, "PermanentRedirect", {"x-amz-bucket-region": OTHER_REGION})
             return True
-        elif told.lie == "garbage":
+        if told.lie == "garbage":
             self._answer(200, {"Content-Type": "text/html"}, b"<html><p>Sign in to this network", None)
             return True
         return False
@@ -460,6 +479,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             with self.origin.hanging(told):
                 pass
             body = body[len(body) // 2 :]
+        if told is not None and told.lie == "hang after head":
+            self.wfile.flush()
+            with self.origin.hanging(told):
+                pass
         if told is not None and told.lie == "crawl":
             sent = len(body) // 4
             self.wfile.write(body[:sent])
