@@ -73,11 +73,6 @@ class BufferPool:
         """Free ones, ones not made yet, and held ones that may be reclaimed."""
         return self.count - sum(self._taken.values())
 
-    @property
-    def contended(self) -> bool:
-        """Somebody waits for a buffer: no time for prefetch."""
-        return any(self._waiting)
-
     def _allows(self, owner: str | None) -> bool:
         available = self.available
         if owner is None:

@@ -32,6 +32,9 @@ for the whole chunk, 90 ms at 90 MB/s: the end is fetched first, by a GET of its
 SPLIT_ALIGN_BYTES = 256 * 1024
 """3 ms more at 90 MB/s, for the reads just before that one."""
 
+SOURCE_SHARE = 1 / 4
+"""Of `prefetch_bytes`: 6 chunks of 24, as many as the pool leaves a second source (buffers.OWNER_SHARE)."""
+
 QUIET_SECONDS = 1.0
 """After a failure of a source no prefetch is tried for so long; readers ask at their own pace."""
 
@@ -49,6 +52,8 @@ class Source:
         self.spare_pace = Pace(SPARE_START)
         self.fetching = 0
         """Chunks that are asked for or waiting for a buffer."""
+        self.background_bytes = 0
+        """What its fills take of the budget of background fills."""
 
     def is_well(self) -> None:
         if self.ill_since_s is not None:
@@ -140,13 +145,14 @@ class Fills:
         length = cached.length(index)
         if self._config.offline and not loads:
             return True
-        if self._nursery is None or self.pool.contended or self.pool.available < 2:
+        # Who waits for a buffer waits for the last ones, or at his source's share: neither is taken from him here.
+        if self._nursery is None or self.pool.available < 2:
             return False
-        if self._background_bytes + length > self._config.prefetch_bytes and self._background_bytes:
+        source = self.source(cached.object_id.source)
+        if not self._has_budget(source, length):
             return False
-        owner = None if loads else cached.object_id.source
+        owner = None if loads else source.identity
         if owner is not None:
-            source = self.source(owner)
             pace = source.spare_pace if spare else source.pace
             if trio.current_time() < source.quiet_until_s or source.fetching >= pace.limit:
                 return False
@@ -158,9 +164,17 @@ class Fills:
         fill = self._new(store, cached, index)
         fill.buffer = buffer
         fill.background_bytes = length
+        source.background_bytes += length
         self._background_bytes += length
         self._spawn(fill, cached, Want.BACKGROUND)
         return True
+
+    def _has_budget(self, source: Source, length: int) -> bool:
+        """The budget is for all, but a share of it each source has in any case: one that hangs keeps what it has."""
+        budget = self._config.prefetch_bytes
+        if not self._background_bytes or self._background_bytes + length <= budget:
+            return True
+        return source.background_bytes + length <= budget * SOURCE_SHARE
 
     def _new(self, store: Store, cached: CachedObject, index: int) -> Fill:
         assert self._token is not None
@@ -218,11 +232,13 @@ class Fills:
 
     def _release_budget(self, fill: Fill) -> None:
         """Its bytes are here, so that the link is free for the next one; the pool bounds what is being written."""
+        source = self.source(fill.object_id.source)
         self._background_bytes -= fill.background_bytes
+        source.background_bytes -= fill.background_bytes
         fill.background_bytes = 0
         if fill.asks:
             fill.asks = False
-            self.source(fill.object_id.source).fetching -= 1
+            source.fetching -= 1
 
     def settle(self, fill: Fill, cached: CachedObject) -> None:
         """After the end of the fill and after each reader: give the buffer back, or hold it for later readers."""

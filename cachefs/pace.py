@@ -17,6 +17,7 @@ wait for a buffer (buffers.OWNER_SHARE) until one of that window ends."""
 SPARE_START = 4.0
 """For what nobody waits for. 16 GETs that begin together share the link and end together: on one of 250 MB/s a model's
 first chunk, which an engine asks for at its start, then takes 0.5 s instead of 0.15."""
+
 SHORT_SECONDS = 0.15
 """A GET that takes no longer holds up nobody: 8 MiB at 30 ms and 90 MB/s are 0.12 s."""
 

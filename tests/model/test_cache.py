@@ -389,6 +389,29 @@ def test_prefetch_asks_a_source_for_no_more_at_a_time_than_its_pace_allows(tmp_p
     run(scenario)
 
 
+def test_a_hung_source_leaves_the_others_a_share_of_prefetch(tmp_path: Path) -> None:
+    hung = MemoryStore({"a": content(60 * CHUNK)}, bucket="hung")
+    well = MemoryStore({"b": content(4 * CHUNK, 2)}, bucket="well")
+    of_hung, of_well = hung.id_of("a"), well.id_of("b")
+
+    async def scenario() -> None:
+        async with opened_cache(tmp_path, buffers=34, prefetch_bytes=16 * CHUNK) as cache:
+            with hung.gets.held():
+                while cache.offer(hung, of_hung, hung.gets.waiting):
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+                async with trio.open_nursery() as nursery:
+                    for n in range(30, 60):  # they wait for buffers, at their source's share
+                        nursery.start_soon(cache.read, hung, of_hung, n * CHUNK, 10)
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+                    for index in range(4):
+                        assert cache.offer(well, of_well, index)
+                        await until(functools.partial(cache.is_local, of_well, index))
+                    cache.check_invariants()
+                    hung.gets.open()
+
+    run(scenario)
+
+
 def test_chunks_are_held_for_readers_only_until_they_have_read_them(tmp_path: Path) -> None:
     data = content(6 * CHUNK)
     store = MemoryStore({"a": data})
