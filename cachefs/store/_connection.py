@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 CONNECT_SECONDS = (0.3, 1.0, 10.0)
-"""How long each attempt to connect may take, and then its handshake. A SYN that is lost is sent again after 1 s by the
-kernel; when many connections start at once some are lost (a full accept queue), and a reader waits for just that
-chunk."""
+"""How long each attempt to connect may take. A SYN that is lost is sent again after 1 s by the kernel; when many
+connections start at once some are lost (a full accept queue), and a reader waits for just that chunk."""
+ANSWER_SECONDS_MIN = 2.0
+"""So long a proxy's answer and then a handshake may take at least: over a round trip of 0.3 s TLS 1.2 needs 0.6, and
+what was begun is not to be thrown away."""
 HEAD_START_SECONDS = 0.3
 """An address that has not answered by then is no longer waited for alone: the next one is tried beside it (RFC 8305
 does so after 0.25 s). From the other side of the world a SYN is answered within it."""
@@ -62,7 +64,8 @@ def set_timeout(connection: socket.socket, timeout_s: float) -> None:
 
 
 class _Connection(http.client.HTTPConnection):
-    """Each step of the way (TCP, the proxy's answer, TLS) may take `step_s`, and all of them until `end_s` (monotonic).
+    """TCP may take `step_s`, a proxy's answer and TLS as long each or ANSWER_SECONDS_MIN; none goes on after `end_s`
+    (monotonic).
 
     http.client gives the whole timeout to each address of a name, then to the proxy and then to the handshake.
     """
@@ -72,16 +75,17 @@ class _Connection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         step_s, end_s = self.step_s, self.end_s
+        answer_s = max(step_s, ANSWER_SECONDS_MIN)
 
         def create(place: tuple[str, int], *_: object) -> socket.socket:
             connected = dial(*place, step_s, end_s)
-            connected.settimeout(min(step_s, until(end_s)))  # for the proxy's answer
+            connected.settimeout(min(answer_s, until(end_s)))  # for the proxy's answer
             return connected
 
         # http.client has no other hook. What is hung in must not hold the connection: nothing would free that.
         self._create_connection = create
         super().connect()
-        self.sock.settimeout(min(step_s, until(end_s)))  # for the handshake, which takes it as its whole time
+        self.sock.settimeout(min(answer_s, until(end_s)))  # for the handshake, which takes it as its whole time
 
 
 class _PlainConnection(_Connection):

@@ -94,6 +94,7 @@ class LyingServer:
         self.handshake_s = 0.0
         """How long a new connection waits before it is read from (with TLS: before its handshake)."""
         self._tls = tls
+        self.connections_total = 0
         self.waiting = 0
         """How many requests hang now."""
         self._objects: dict[tuple[str, str], bytes | Path] = {}
@@ -283,6 +284,7 @@ class LyingServer:
     def connected(self, connection: socket.socket) -> Iterator[None]:
         with self._lock:
             self._connections.add(connection)
+            self.connections_total += 1
         try:
             yield
         finally:
