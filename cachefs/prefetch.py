@@ -1,8 +1,8 @@
 """Background fills: readahead per handle. It says what would be good to have and never waits for it.
 
 The cache has the budget (`prefetch_bytes` over everything, a share of it for each source in any case) and says no when
-it is used up; what was refused is offered again. Readers take turns, a chunk each, so that none of them starves another.
-What nobody waits for comes after all of that: the rest of files that are being loaded, and what whole volumes fetch
+it is used up; what was refused is offered again. Readers take turns, a chunk each, so that none starves another. What
+nobody waits for comes after all of that: the rest of files that are being loaded, and what whole volumes fetch
 (`fetch`, for ahead.py).
 """
 
