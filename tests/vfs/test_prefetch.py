@@ -164,3 +164,31 @@ def test_bytes_in_flight_stay_within_the_budget_over_all_readers(mount):
             assert set(store.get_counts.values()) == {1}
 
     trio.run(main)
+
+
+def test_the_first_reads_of_a_file_drive_sixteen_gets_within_two_round_trips(mount):
+    """Each time that the gate is open is a round trip: what waits at it was asked for at the same time."""
+    store = MemoryStore({"a": bytes(20 * CHUNK_BYTES)})
+
+    async def waiting(count: int) -> None:
+        with trio.fail_after(30):
+            while store.gets.waiting < count:
+                await trio.sleep(0.001)
+
+    async def main() -> None:
+        async with mount.server(store, prefetch_bytes=24 * CHUNK_BYTES, buffers=34) as stage:
+            _, handle = await stage.open("a")
+            store.gets.close()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stage.vfs.read, handle, 0, MIB)
+                await waiting(1)
+                store.gets.open()
+            store.gets.close()
+            before = sum(store.get_counts.values())
+            assert before <= 3
+            await stage.vfs.read(handle, MIB, MIB)  # of the chunk that has come
+            await waiting(16 - before)
+            store.gets.open()
+            await stage.vfs.release(handle)
+
+    trio.run(main)
