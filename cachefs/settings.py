@@ -13,7 +13,7 @@ import msgspec
 from cachefs.chunk import CHUNK_BYTES
 from cachefs.config import GIB, MIB, ServerConfig, VolumeConfig
 from cachefs.errors import UsageError
-from cachefs.kernel.locks import runtime_name
+from cachefs.kernel.locks import SOCKET_NAME, runtime_name
 
 SOCKET_PATH_BYTES_MAX = 107  # sun_path has 108 with its NUL
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
@@ -292,8 +292,14 @@ def runtime_dir(settings: Settings, environ: Mapping[str, str], uid: int) -> Pat
     chosen = cast(Path | None, settings["runtime_dir"])
     if chosen is None:
         chosen = runtime_base(environ, uid) / runtime_name(os.path.realpath(settings["state_dir"]))
-    if len(os.fsencode(chosen / "control.sock")) > SOCKET_PATH_BYTES_MAX:
-        raise UsageError(f"the socket path {chosen}/control.sock is longer than 107 bytes: set XDG_RUNTIME_DIR")
+    return check_runtime_dir(chosen, what_to_do="set XDG_RUNTIME_DIR")
+
+
+def check_runtime_dir(chosen: Path, *, what_to_do: str) -> Path:
+    """The same. Raises UsageError, with `what_to_do` in it, if a socket in it could not be named."""
+    path = chosen / SOCKET_NAME
+    if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+        raise UsageError(f"the socket path {path} is longer than {SOCKET_PATH_BYTES_MAX} bytes: {what_to_do}")
     return chosen
 
 
