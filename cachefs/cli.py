@@ -208,9 +208,28 @@ def _say_evicted(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _say_unpinned(result: dict[str, Any]) -> str:
+    return f"unpinned {result['source']}" if result["pins"] else f"nothing at {result['source']} was pinned"
+
+
+def _say_verified(result: dict[str, Any], *, repair: bool, rebuild: bool) -> str:
+    size = output.human_bytes(result["bytes"])
+    lines = [f"{result['objects']} objects, {result['chunks']} chunks, {size}: {len(result['bad'])} bad"]
+    lines += [f"bad: {output.printable(item['url'])} chunk {item['chunk']}" for item in result["bad"]]
+    if repair or rebuild:
+        lines.append(f"{result['dropped_chunks']} chunks given up: they are fetched again when they are read")
+    if rebuild:
+        lines.append(f"{result['dropped_records']} records dropped, {result['deleted_blobs']} blobs deleted")
+    return "\n".join(lines)
+
+
 _simple("pin", "Exempt SOURCE[/PATH] from eviction.", lambda result: f"pinned {result['source']}")
-_simple("unpin", "Take the pins of SOURCE[/PATH] back.", lambda result: f"unpinned {result['source']}")
-_simple("evict", "Drop what is local of SOURCE[/PATH] and neither open nor pinned.", _say_evicted)
+_simple("unpin", "Take the pins of SOURCE[/PATH] back. Exit code 0 also when there were none.", _say_unpinned)
+_simple(
+    "evict",
+    "Drop what is local of SOURCE[/PATH] and neither open nor pinned. Exit code 0 also when nothing was local.",
+    _say_evicted,
+)
 
 
 @group.command()
@@ -227,10 +246,7 @@ def verify(source: str | None, repair: bool, rebuild: bool, **flags: Any) -> Non
     if command.as_json:
         output.document(result)
     else:
-        size = output.human_bytes(result["bytes"])
-        click.echo(f"{result['objects']} objects, {result['chunks']} chunks, {size}: {len(result['bad'])} bad")
-        for item in result["bad"]:
-            click.echo(f"bad: {output.printable(item['url'])} chunk {item['chunk']}")
+        click.echo(_say_verified(result, repair=repair, rebuild=rebuild))
     if result["bad"] and not (repair or rebuild):
         raise SystemExit(1)
 

@@ -86,10 +86,30 @@ def test_verify_finds_a_flipped_bit_and_repairs(cli: Cli, bucket: LyingServer) -
         file.write(bytes([DATA[5000] ^ 1]))
     found = cli.run("verify", "--json", code=1)
     assert '"m/weights.bin"' in found.stdout
-    cli.run("verify", "--repair")
+    repaired = cli.run("verify", "--repair").stdout.splitlines()
+    assert repaired[0].endswith(": 1 bad")
+    assert repaired[1] == "bad: s3://models/m/weights.bin chunk 0"
+    # A chunk of a file that the kernel may have mapped goes with its whole file.
+    assert repaired[2] in [f"{count} chunks given up: they are fetched again when they are read" for count in (1, 2)]
     cli.run("mount", "s3://models/m", cli.place(), *at)
     assert (cli.place() / "weights.bin").read_bytes() == DATA
     assert cli.json("verify")["bad"] == []
+
+
+def test_unpin_and_evict_of_nothing_are_done_and_a_pin_from_above_is_named(
+    cli: Cli, bucket: LyingServer, place: Path | None
+) -> None:
+    at = ("--endpoint-url", bucket.endpoint_url)
+    cli.run("warm", "s3://models/m/weights.bin", *at)
+    assert cli.json("unpin", "s3://models/m", *at)["pins"] == 0
+    assert "nothing at s3://models/m was pinned" in cli.run("unpin", "s3://models/m", *at).stdout
+    assert cli.json("evict", "s3://models/m/sub", *at)["evicted_objects"] == 0
+    cli.run("pin", "s3://models/m", *at)
+    refused = cli.run("unpin", "s3://models/m/weights.bin", *at, code=2)
+    assert "s3://models/m: unpin that" in refused.stderr
+    assert [item["pinned"] for item in cli.json("ls")["objects"]] == [True]
+    assert cli.run("unpin", "s3://models/m", *at).stdout == "unpinned s3://models/m\n"
+    assert [item["pinned"] for item in cli.json("ls")["objects"]] == [False]
 
 
 def test_a_mounted_volume_lends_its_options(cli: Cli, bucket: LyingServer) -> None:
