@@ -96,7 +96,7 @@ def _directly(command: Command, method: str, params: Mapping[str, Any], show: Sh
 
 
 def status(command: Command) -> dict[str, Any]:
-    """The server's status; without a server, what lies in the state directory."""
+    """The server's status; without a server, what lies in the state directory, with the same keys in `cache`."""
     deadline = time.monotonic() + BUSY_S
     while True:
         try:
@@ -111,7 +111,7 @@ def status(command: Command) -> dict[str, Any]:
         "keeper": None,
         "volumes": [],
         "tiers": [],
-        "cache": {"hit_bytes": 0, "miss_bytes": 0},
+        "cache": {"hit_bytes": 0, "miss_bytes": 0, "store_bytes": 0, "evicted_bytes": 0},
     }
     if command.state_dir.is_dir():
         with contextlib.suppress(StateBusy):  # a long command without a server: it says nothing meanwhile
@@ -142,8 +142,10 @@ def print_status(found: dict[str, Any]) -> None:
         click.echo(
             f"tier {tier['name']}: {human_bytes(tier['used_bytes'])} of {human_bytes(tier['capacity_bytes'])} used"
         )
-    cache = found["cache"]
-    click.echo(f"read: {human_bytes(cache['hit_bytes'])} from cache, {human_bytes(cache['miss_bytes'])} from the store")
+    if server is not None:
+        counts = {name: human_bytes(count) for name, count in found["cache"].items()}
+        click.echo(f"readers got {counts['hit_bytes']} from the cache, {counts['miss_bytes']} that had to be fetched")
+        click.echo(f"fetched from the store in all: {counts['store_bytes']}; evicted: {counts['evicted_bytes']}")
 
 
 def log_lines(command: Command, lines: int) -> list[str]:

@@ -118,6 +118,20 @@ def test_a_mounted_volume_lends_its_options(cli: Cli, bucket: LyingServer) -> No
     assert warmed["fetched_bytes"] == len(SMALL)
 
 
+def test_status_tells_what_warm_has_fetched_and_has_the_same_keys_without_a_server(
+    cli: Cli, bucket: LyingServer
+) -> None:
+    cli.run("mount", "s3://models/m", cli.place(), "--endpoint-url", bucket.endpoint_url)
+    cli.run("warm", "s3://models/m")
+    served = cli.status()
+    assert (served["cache"]["store_bytes"], served["cache"]["miss_bytes"]) == (TOTAL, 0)
+    assert "fetched from the store in all: 9.0 MiB; evicted: 0 B" in cli.run("status").stdout.splitlines()
+    cli.run("umount", cli.place())
+    assert cli.status().keys() == served.keys()
+    assert cli.status()["cache"] == dict.fromkeys(served["cache"], 0)
+    assert "fetched" not in cli.run("status").stdout
+
+
 def test_status_has_the_fields_that_scripts_rely_on(cli: Cli, bucket: LyingServer) -> None:
     place = cli.place()
     cli.run("mount", "s3://models/m", place, "--endpoint-url", bucket.endpoint_url)
