@@ -149,18 +149,29 @@ def status(**flags: Any) -> None:
 @click.option("--exclude", metavar="GLOB", multiple=True, help="Not the matching paths (repeatable).")
 @common
 def warm(sources: tuple[str, ...], pin: bool, **flags: Any) -> None:
-    """Fetch all of SOURCE into the cache: a prefix, or one object of it."""
+    """Fetch all of SOURCE into the cache: a prefix, or one object of it.
+
+    A SOURCE that fails does not keep the others from being fetched; the exit code is then 1, or 2 when nothing was
+    fetched and every request was wrong.
+    """
     command = Command.of(flags)
-    results = []
-    for source in sources:
-        with output.progress(f"warm {source}", quiet=command.as_json) as show:
-            results.append(cli_data.work(command, "warm", source, {"pin": pin}, show, create=True))
+    warmed: list[dict[str, Any]] = []
+    errors: list[CachefsError] = []
+    failed: list[dict[str, Any]] = []
+    for source, outcome in cli_data.warm(command, sources, pin=pin):
+        if isinstance(outcome, CachefsError):
+            errors.append(outcome)
+            failed.append({"source": source, **cli_data.describe(outcome)})
+            output.complain(outcome)
+            continue
+        warmed.append(outcome)
+        if not command.as_json:
+            size, fetched = output.human_bytes(outcome["bytes_total"]), output.human_bytes(outcome["fetched_bytes"])
+            click.echo(f"{outcome['source']}: {outcome['objects_total']} objects, {size}, {fetched} of it fetched now")
     if command.as_json:
-        output.document({"warmed": results})
-    else:
-        for result in results:
-            size, fetched = output.human_bytes(result["bytes_total"]), output.human_bytes(result["fetched_bytes"])
-            click.echo(f"{result['source']}: {result['objects_total']} objects, {size}, {fetched} of it fetched now")
+        output.document({"warmed": warmed, "errors": failed})
+    if errors:
+        raise SystemExit(1 if warmed else min(error.exit_code for error in errors))
 
 
 @group.command()
@@ -337,8 +348,7 @@ def main() -> None:
     except click.Abort:
         sys.exit(130)
     except CachefsError as exc:
-        line = " ".join(str(exc).split()) or type(exc).__name__
-        click.echo(f"cachefs: {line}", err=True)
+        output.complain(exc)
         sys.exit(exc.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains at its end

@@ -3,7 +3,7 @@
 import contextlib
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -11,9 +11,9 @@ import msgspec
 
 from cachefs import client
 from cachefs.cli_context import Command
-from cachefs.client import ServerGone
-from cachefs.errors import StateBusy, UsageError
-from cachefs.output import Show, human_bytes
+from cachefs.client import RemoteError, ServerGone
+from cachefs.errors import CachefsError, StateBusy, UsageError
+from cachefs.output import Show, human_bytes, progress
 from cachefs.state import remembered_size, state_lock
 
 BUSY_S = 20.0
@@ -50,6 +50,29 @@ def work(
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
+
+
+def warm(command: Command, sources: Sequence[str], *, pin: bool) -> Iterator[tuple[str, dict[str, Any] | CachefsError]]:
+    """Each source, when it is done, with its result or what was wrong with it; the next ones are fetched all the same.
+
+    Raises UsageError, before anything is fetched, for what cannot be a source.
+    """
+    for source in sources:
+        command.source_config(source)
+    for source in sources:
+        outcome: dict[str, Any] | CachefsError
+        try:
+            with progress(f"warm {source}", quiet=command.as_json) as show:
+                outcome = work(command, "warm", source, {"pin": pin}, show, create=True)
+        except CachefsError as exc:
+            outcome = exc
+        yield source, outcome
+
+
+def describe(error: CachefsError) -> dict[str, Any]:
+    """An error in a JSON document, as the control socket has it."""
+    kind = error.kind if isinstance(error, RemoteError) else type(error).__name__
+    return {"type": kind, "message": str(error), "exit_code": error.exit_code}
 
 
 def _is_coming_up(command: Command, deadline: float) -> bool:

@@ -1,5 +1,6 @@
 """status, warm, ls, pin, evict, verify, gc and metrics: the same with a server and without one."""
 
+import json
 import os
 import signal
 import socket
@@ -75,6 +76,30 @@ def test_warm_takes_one_object_and_pins(cli: Cli, bucket: LyingServer, place: Pa
     assert nothing.stderr.startswith("cachefs: ")
     nobody = cli.run("warm", "s3://models/m", "--endpoint-url", "http://127.0.0.1:9", code=2)
     assert "cannot be reached" in nobody.stderr
+
+
+def test_warm_goes_on_after_a_source_that_fails_and_tells_both(
+    cli: Cli, bucket: LyingServer, place: Path | None
+) -> None:
+    at = ("--endpoint-url", bucket.endpoint_url)
+    sources = ("s3://models/m/sub", "s3://models/nothing", "s3://models/m/weights.bin", "s3://models/none")
+    done = cli.run("warm", *sources, *at, code=1)
+    assert [line.partition(": ")[0] for line in done.stdout.splitlines()] == [sources[0], sources[2]]
+    complaints = [line for line in done.stderr.splitlines() if line.startswith("cachefs: ")]
+    assert [source in line for source, line in zip(sources[1::2], complaints, strict=True)] == [True, True]
+    told = cli.run("warm", *sources, *at, "--json", code=1)
+    document = json.loads(told.stdout)
+    assert [item["source"] for item in document["warmed"]] == [sources[0], sources[2]]
+    assert [(item["source"], item["exit_code"]) for item in document["errors"]] == [(sources[1], 2), (sources[3], 2)]
+    assert all(item["message"] and item["type"] == "UsageError" for item in document["errors"])
+    assert len(told.stderr.splitlines()) == 2
+
+
+def test_warm_fetches_nothing_when_one_argument_is_no_source(cli: Cli, bucket: LyingServer) -> None:
+    done = cli.run("warm", "s3://models/m", "models/m", "--endpoint-url", bucket.endpoint_url, code=2)
+    assert done.stdout == ""
+    assert bucket.gets() == 0
+    assert not cli.state_dir.exists()
 
 
 def test_verify_finds_a_flipped_bit_and_repairs(cli: Cli, bucket: LyingServer) -> None:
