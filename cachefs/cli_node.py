@@ -56,7 +56,7 @@ def node_config(flags: Mapping[str, Any]) -> NodeConfig:
     if chosen["state_dir"] is None and "CACHEFS_STATE_DIR" not in os.environ:
         chosen["state_dir"] = str(node_dir / CACHE_NAME)
     run = check_runtime_dir(node_dir / RUN_NAME, what_to_do="give a shorter --node-dir")
-    command = Command.of({**chosen, "runtime_dir": str(run), "allow_other": True})
+    command = Command.of({**chosen, "as_json": False, "runtime_dir": str(run), "allow_other": True})
     return NodeConfig(
         server=command.server_config(),
         keeper_socket=run / SOCKET_NAME,
