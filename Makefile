@@ -16,8 +16,11 @@ help:
 	@echo 'make bench-startup  first and second replica and a new node, against downloading before the start'
 	@echo '                  (WITH_LLAMA=1: also with a real engine, llama.cpp, which is compiled first)'
 	@echo 'make bench-warm   warm reads only'
+	@echo 'make setup-bench  the peers of the benchmarks and what their links are made of (make bench... does it by itself)'
 	@echo 'make test-image   the image as a root file system made by Debian tools, run under runc'
 	@echo 'make test-csi     csi-sanity, grpcurl and the tests of driver and manifests, with the tools they need'
+	@echo 'make setup-csi    the tools of test-csi'
+	@echo 'make csi-stubs    csi/spec again from its protos'
 	@echo 'make clean        removes what these commands made, .venv included'
 
 setup:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from cachefs import __version__, cli_csi, cli_data, cli_mount, cli_node, output
+from cachefs import __version__, cli_csi, cli_data, cli_mount, cli_node, output, settings
 from cachefs.cli_context import Command
 from cachefs.errors import CachefsError
 
@@ -25,42 +25,61 @@ def _stack(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+def _setting(*names: str, help: str, **more: Any) -> Callable[[F], F]:
+    """An option that sets a setting; its help ends with the setting's default."""
+    name = names[-1].lstrip("-").partition("/")[0].replace("-", "_")
+    default = "" if more.get("is_flag") else settings.default_text(name)
+    return click.option(*names, help=f"{help} [default: {default}]" if default else help, **more)
+
+
+state_dir_option = _setting("--state-dir", metavar="DIR", help="Where the cache is kept.")
+config_option = click.option(
+    "--config",
+    metavar="FILE",
+    help="Settings as TOML. "
+    f"[default: {settings.ROOT_CONFIG} as root, else ~/.config/{settings.USER_CONFIG}; none if it is not there]",
+)
 common = _stack(
-    click.option("--state-dir", metavar="DIR", help="Where the cache is kept."),
-    click.option("--config", metavar="FILE", help="Settings as TOML."),
+    state_dir_option,
+    config_option,
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
 )
 source_options = _stack(
-    click.option("--endpoint-url", metavar="URL", help="Where the S3 service is, if it is not AWS."),
-    click.option("--region", metavar="R", help="The bucket's region."),
-    click.option("--profile", metavar="P", help="The profile of the AWS configuration to use."),
-    click.option("--anonymous", is_flag=True, default=None, help="Send requests without credentials."),
-    click.option("--store", type=click.Choice(["auto", "obstore", "fsspec"]), help="The library that fetches."),
+    _setting("--endpoint-url", metavar="URL", help="Where the S3 service is, if it is not AWS."),
+    _setting("--region", metavar="R", help="The bucket's region."),
+    _setting("--profile", metavar="P", help="The profile of the AWS configuration to use."),
+    _setting("--anonymous", is_flag=True, default=None, help="Send requests without credentials."),
+    _setting("--store", type=click.Choice(["auto", "obstore", "fsspec"]), help="The library that fetches."),
 )
 volume_options = _stack(
     source_options,
-    click.option("--mode", type=click.Choice(["read-only"]), help="What may be done with the tree."),
-    click.option("--include", metavar="GLOB", multiple=True, help="Show only matching paths (repeatable)."),
-    click.option("--exclude", metavar="GLOB", multiple=True, help="Hide matching paths (repeatable)."),
-    click.option("--uid", metavar="N", help="The owner that files show."),
-    click.option("--gid", metavar="N", help="The group that files show."),
-    click.option(
+    _setting("--mode", type=click.Choice(["read-only"]), help="What may be done with the tree."),
+    _setting("--include", metavar="GLOB", multiple=True, help="Show only matching paths (repeatable)."),
+    _setting("--exclude", metavar="GLOB", multiple=True, help="Hide matching paths (repeatable)."),
+    _setting("--uid", metavar="N", help="The owner that files show."),
+    _setting("--gid", metavar="N", help="The group that files show."),
+    _setting(
         "--prefetch",
         type=click.Choice(["auto", "none", "all"]),
         help="What is fetched before it is read: a model's small files, nothing, everything.",
     ),
 )
 server_options = _stack(
-    click.option("--cache-size", metavar="SIZE", help="Most bytes to keep: 50GiB, or 80% of the file system."),
-    click.option("--prefetch-bytes", metavar="SIZE", help="Most bytes that readahead has in flight."),
-    click.option("--offline", is_flag=True, default=None, help="Never ask the store."),
-    click.option("--on-unreachable", type=click.Choice(["wait", "error"]), help="When the store does not answer."),
-    click.option("--read-timeout", "read_timeout_s", metavar="SECONDS", help="How long a read waits for the store."),
-    click.option("--allow-other/--no-allow-other", default=None, help="Let other users read the mount."),
-    click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics there."),
-    click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"])),
-    click.option("--log-format", type=click.Choice(["text", "json"])),
+    _setting("--cache-size", metavar="SIZE", help="Most bytes to keep: 50GiB, or 80% of the file system."),
+    _setting("--prefetch-bytes", metavar="SIZE", help="Most bytes that readahead has in flight."),
+    _setting("--offline", is_flag=True, default=None, help="Never ask the store."),
+    _setting("--on-unreachable", type=click.Choice(["wait", "error"]), help="When the store does not answer."),
+    _setting(
+        "--read-timeout",
+        "read_timeout_s",
+        metavar="SECONDS",
+        help="How long a read waits for the store; 0: for ever.",
+    ),
+    _setting("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics there."),
+    _setting("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="What is logged."),
+    _setting("--log-format", type=click.Choice(["text", "json"]), help="How lines of the log look."),
 )
+allow_other_option = _setting("--allow-other/--no-allow-other", default=None, help="Let other users read the mount.")
 
 
 @click.group(context_settings=HELP)
@@ -77,6 +96,7 @@ group.add_command(cli_csi.csi)
 @click.argument("mountpoint")
 @volume_options
 @server_options
+@allow_other_option
 @click.option("-o", "options", metavar="OPTS", multiple=True, help="Settings as mount options: uid=1000,offline.")
 @click.option("--foreground", is_flag=True, help="Stay until unmounted, log to the terminal.")
 @common
@@ -149,18 +169,29 @@ def status(**flags: Any) -> None:
 @click.option("--exclude", metavar="GLOB", multiple=True, help="Not the matching paths (repeatable).")
 @common
 def warm(sources: tuple[str, ...], pin: bool, **flags: Any) -> None:
-    """Fetch all of SOURCE into the cache: a prefix, or one object of it."""
+    """Fetch all of SOURCE into the cache: a prefix, or one object of it.
+
+    A SOURCE that fails does not keep the others from being fetched; the exit code is then 1, or 2 when nothing was
+    fetched and every request was wrong.
+    """
     command = Command.of(flags)
-    results = []
-    for source in sources:
-        with output.progress(f"warm {source}", quiet=command.as_json) as show:
-            results.append(cli_data.work(command, "warm", source, {"pin": pin}, show, create=True))
+    warmed: list[dict[str, Any]] = []
+    errors: list[CachefsError] = []
+    failed: list[dict[str, Any]] = []
+    for source, outcome in cli_data.warm(command, sources, pin=pin):
+        if isinstance(outcome, CachefsError):
+            errors.append(outcome)
+            failed.append({"source": source, **cli_data.describe(outcome)})
+            output.complain(outcome)
+            continue
+        warmed.append(outcome)
+        if not command.as_json:
+            size, fetched = output.human_bytes(outcome["bytes_total"]), output.human_bytes(outcome["fetched_bytes"])
+            click.echo(f"{outcome['source']}: {outcome['objects_total']} objects, {size}, {fetched} of it fetched now")
     if command.as_json:
-        output.document({"warmed": results})
-    else:
-        for result in results:
-            size, fetched = output.human_bytes(result["bytes_total"]), output.human_bytes(result["fetched_bytes"])
-            click.echo(f"{result['source']}: {result['objects_total']} objects, {size}, {fetched} of it fetched now")
+        output.document({"warmed": warmed, "errors": failed})
+    if errors:
+        raise SystemExit(1 if warmed else min(error.exit_code for error in errors))
 
 
 @group.command()
@@ -208,9 +239,28 @@ def _say_evicted(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _say_unpinned(result: dict[str, Any]) -> str:
+    return f"unpinned {result['source']}" if result["pins"] else f"nothing at {result['source']} was pinned"
+
+
+def _say_verified(result: dict[str, Any], *, repair: bool, rebuild: bool) -> str:
+    size = output.human_bytes(result["bytes"])
+    lines = [f"{result['objects']} objects, {result['chunks']} chunks, {size}: {len(result['bad'])} bad"]
+    lines += [f"bad: {output.printable(item['url'])} chunk {item['chunk']}" for item in result["bad"]]
+    if repair or rebuild:
+        lines.append(f"{result['dropped_chunks']} chunks given up: they are fetched again when they are read")
+    if rebuild:
+        lines.append(f"{result['dropped_records']} records dropped, {result['deleted_blobs']} blobs deleted")
+    return "\n".join(lines)
+
+
 _simple("pin", "Exempt SOURCE[/PATH] from eviction.", lambda result: f"pinned {result['source']}")
-_simple("unpin", "Take the pins of SOURCE[/PATH] back.", lambda result: f"unpinned {result['source']}")
-_simple("evict", "Drop what is local of SOURCE[/PATH] and neither open nor pinned.", _say_evicted)
+_simple("unpin", "Take the pins of SOURCE[/PATH] back. Exit code 0 also when there were none.", _say_unpinned)
+_simple(
+    "evict",
+    "Drop what is local of SOURCE[/PATH] and neither open nor pinned. Exit code 0 also when nothing was local.",
+    _say_evicted,
+)
 
 
 @group.command()
@@ -227,10 +277,7 @@ def verify(source: str | None, repair: bool, rebuild: bool, **flags: Any) -> Non
     if command.as_json:
         output.document(result)
     else:
-        size = output.human_bytes(result["bytes"])
-        click.echo(f"{result['objects']} objects, {result['chunks']} chunks, {size}: {len(result['bad'])} bad")
-        for item in result["bad"]:
-            click.echo(f"bad: {output.printable(item['url'])} chunk {item['chunk']}")
+        click.echo(_say_verified(result, repair=repair, rebuild=rebuild))
     if result["bad"] and not (repair or rebuild):
         raise SystemExit(1)
 
@@ -270,7 +317,8 @@ def logs(lines: int, **flags: Any) -> None:
 @click.option("--allow-node-credentials", is_flag=True, help="Volumes without credentials may use this server's own.")
 @click.option("--sts-endpoint", metavar="URL", help="Where service account tokens are changed into keys.")
 @server_options
-@common
+@click.option("--state-dir", metavar="DIR", help="Where the cache is kept. [default: NODE_DIR/cache]")
+@config_option
 def serve(**flags: Any) -> None:
     """Serve a node's volumes to the CSI driver (in a Kubernetes pod, as an unprivileged user). Runs until SIGTERM."""
     cli_node.serve(flags)
@@ -288,6 +336,7 @@ def config() -> None:
 @click.option("--origin", is_flag=True, help="Also say where each value comes from.")
 @volume_options
 @server_options
+@allow_other_option
 @common
 def config_show(origin: bool, **flags: Any) -> None:
     """Every setting as a command with the same flags would have it."""
@@ -321,8 +370,7 @@ def main() -> None:
     except click.Abort:
         sys.exit(130)
     except CachefsError as exc:
-        line = " ".join(str(exc).split()) or type(exc).__name__
-        click.echo(f"cachefs: {line}", err=True)
+        output.complain(exc)
         sys.exit(exc.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains at its end

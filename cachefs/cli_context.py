@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import msgspec
 
 from cachefs import settings
@@ -28,6 +29,11 @@ class Command(msgspec.Struct, frozen=True):
         chosen = dict(flags)
         as_json, config = bool(chosen.pop("as_json")), chosen.pop("config")
         uid = os.geteuid()
+        if unknown := settings.unknown_variables(os.environ):
+            # No error: unlike a file that was written for cachefs, the environment is everybody's.
+            click.echo(
+                f"cachefs: no such setting, left out: {', '.join(unknown)} (see `cachefs config show`)", err=True
+            )
         resolved = settings.resolve(chosen, os.environ, uid=uid, gid=os.getegid(), config=config)
         return cls(resolved, uid, as_json, os.environ)
 

@@ -3,7 +3,7 @@
 import contextlib
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -11,9 +11,9 @@ import msgspec
 
 from cachefs import client
 from cachefs.cli_context import Command
-from cachefs.client import ServerGone
-from cachefs.errors import StateBusy, UsageError
-from cachefs.output import Show, human_bytes
+from cachefs.client import RemoteError, ServerGone
+from cachefs.errors import CachefsError, StateBusy, UsageError
+from cachefs.output import Show, human_bytes, progress
 from cachefs.state import remembered_size, state_lock
 
 BUSY_S = 20.0
@@ -50,6 +50,29 @@ def work(
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
+
+
+def warm(command: Command, sources: Sequence[str], *, pin: bool) -> Iterator[tuple[str, dict[str, Any] | CachefsError]]:
+    """Each source, when it is done, with its result or what was wrong with it; the next ones are fetched all the same.
+
+    Raises UsageError, before anything is fetched, for what cannot be a source.
+    """
+    for source in sources:
+        command.source_config(source)
+    for source in sources:
+        outcome: dict[str, Any] | CachefsError
+        try:
+            with progress(f"warm {source}", quiet=command.as_json) as show:
+                outcome = work(command, "warm", source, {"pin": pin}, show, create=True)
+        except CachefsError as exc:
+            outcome = exc
+        yield source, outcome
+
+
+def describe(error: CachefsError) -> dict[str, Any]:
+    """An error in a JSON document, as the control socket has it."""
+    kind = error.kind if isinstance(error, RemoteError) else type(error).__name__
+    return {"type": kind, "message": str(error), "exit_code": error.exit_code}
 
 
 def _is_coming_up(command: Command, deadline: float) -> bool:
@@ -96,7 +119,7 @@ def _directly(command: Command, method: str, params: Mapping[str, Any], show: Sh
 
 
 def status(command: Command) -> dict[str, Any]:
-    """The server's status; without a server, what lies in the state directory."""
+    """The server's status; without a server, what lies in the state directory, with the same keys in `cache`."""
     deadline = time.monotonic() + BUSY_S
     while True:
         try:
@@ -111,7 +134,7 @@ def status(command: Command) -> dict[str, Any]:
         "keeper": None,
         "volumes": [],
         "tiers": [],
-        "cache": {"hit_bytes": 0, "miss_bytes": 0},
+        "cache": {"hit_bytes": 0, "miss_bytes": 0, "store_bytes": 0, "evicted_bytes": 0},
     }
     if command.state_dir.is_dir():
         with contextlib.suppress(StateBusy):  # a long command without a server: it says nothing meanwhile
@@ -142,8 +165,10 @@ def print_status(found: dict[str, Any]) -> None:
         click.echo(
             f"tier {tier['name']}: {human_bytes(tier['used_bytes'])} of {human_bytes(tier['capacity_bytes'])} used"
         )
-    cache = found["cache"]
-    click.echo(f"read: {human_bytes(cache['hit_bytes'])} from cache, {human_bytes(cache['miss_bytes'])} from the store")
+    if server is not None:
+        counts = {name: human_bytes(count) for name, count in found["cache"].items()}
+        click.echo(f"readers got {counts['hit_bytes']} from the cache, {counts['miss_bytes']} that had to be fetched")
+        click.echo(f"fetched from the store in all: {counts['store_bytes']}; evicted: {counts['evicted_bytes']}")
 
 
 def log_lines(command: Command, lines: int) -> list[str]:

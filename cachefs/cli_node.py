@@ -10,9 +10,8 @@ import click
 
 from cachefs.cli_context import Command
 from cachefs.config import NodeConfig, encode_node
-from cachefs.errors import UsageError
 from cachefs.kernel.spawn import python_command
-from cachefs.settings import SOCKET_PATH_BYTES_MAX
+from cachefs.settings import check_runtime_dir
 
 RUN_NAME, CACHE_NAME, SOCKET_NAME = "run", "cache", "keeper.sock"  # as in node_keeper.py
 
@@ -56,10 +55,8 @@ def node_config(flags: Mapping[str, Any]) -> NodeConfig:
     sts_endpoint = chosen.pop("sts_endpoint")
     if chosen["state_dir"] is None and "CACHEFS_STATE_DIR" not in os.environ:
         chosen["state_dir"] = str(node_dir / CACHE_NAME)
-    run = node_dir / RUN_NAME
-    if len(os.fsencode(run / "control.sock")) > SOCKET_PATH_BYTES_MAX:
-        raise UsageError(f"the socket path {run}/control.sock is longer than 107 bytes: give a shorter --node-dir")
-    command = Command.of({**chosen, "runtime_dir": str(run), "allow_other": True})
+    run = check_runtime_dir(node_dir / RUN_NAME, what_to_do="give a shorter --node-dir")
+    command = Command.of({**chosen, "as_json": False, "runtime_dir": str(run), "allow_other": True})
     return NodeConfig(
         server=command.server_config(),
         keeper_socket=run / SOCKET_NAME,

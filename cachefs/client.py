@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from cachefs.errors import CachefsError
+from cachefs.kernel.locks import SOCKET_NAME
 
-SOCKET_NAME = "control.sock"
 ANSWER_BYTES_MAX = 256 * 1024 * 1024
 """A listing of 1,000,000 objects is about 150 MB of JSON."""
 
@@ -64,14 +64,3 @@ def call(
         except (OSError, msgspec.DecodeError) as exc:
             raise ServerGone(f"no server answers at {runtime_dir / SOCKET_NAME} ({exc})") from exc
     raise ServerGone(f"the server of {runtime_dir} went away before it answered")
-
-
-def is_running(runtime_dir: Path, *, timeout_s: float = 10.0) -> bool:
-    """Whether a server answers."""
-    if not (runtime_dir / SOCKET_NAME).exists():
-        return False
-    try:
-        call(runtime_dir, "ping", timeout_s=timeout_s)
-    except ServerGone:
-        return False
-    return True

@@ -56,7 +56,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     offline: bool = False
     allow_other: bool = False
     keeper_give_up_s: float = 300.0
-    """No server for so long: the keeper aborts the connection."""
+    """No server for so long: the keeper aborts the connection; 0: never."""
     bind_timeout_s: float = 30.0
     """As root: a volume that nobody has bind-mounted for so long, though it was asked for, goes again."""
     kernel_disable: tuple[str, ...] = ()

@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 import trio
 
-from cachefs.client import SOCKET_NAME
 from cachefs.errors import CachefsError, UsageError, WorkFailed
+from cachefs.kernel.locks import SOCKET_NAME
 
 REQUEST_BYTES_MAX = 1024 * 1024
 REQUEST_DEADLINE_S = 30.0

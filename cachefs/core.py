@@ -298,16 +298,18 @@ class Core:
         return {"source": source.config.source, "pinned": True}
 
     async def unpin(self, source: Source) -> dict[str, Any]:
-        """Take the pins at or under a source back. Raises NotFound when there are none."""
+        """Take the pins at or under a source back; none is no error.
+
+        Raises UsageError, and takes nothing back, when a pin of a directory above goes on holding it.
+        """
         whole = Pin("", source.store.identity, source.path, 0.0)
-        pins = [
-            pin
-            for pin in self.cache.pins()
-            if pin.source == whole.source
-            and (pin.path == whole.path or whole.covers(ObjectId(pin.source, pin.path, 0, "")))
-        ]
-        if not pins:
-            raise NotFound(f"nothing at {source.config.source} is pinned")
+        pins = []
+        for pin in self.cache.pins():
+            here = ObjectId(pin.source, pin.path, 0, "")
+            if pin.source == whole.source and (pin.path == whole.path or whole.covers(here)):
+                pins.append(pin)
+            elif pin.covers(ObjectId(whole.source, whole.path, 0, "")):
+                raise UsageError(f"{source.config.source} is pinned as a part of {object_url(here)}: unpin that")
         for pin in pins:
             await self.cache.unpin(pin.pin_id)
         return {"source": source.config.source, "pinned": False, "pins": len(pins)}

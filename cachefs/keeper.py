@@ -375,7 +375,7 @@ class Keeper:
             self._start_server()
         give_up_s = self._config.server.keeper_give_up_s
         serves = server is not None and server.ready
-        if not self._stopping and not serves and now_s - self._no_service_since_s > give_up_s:
+        if not self._stopping and not serves and now_s - self._no_service_since_s > give_up_s > 0:
             log(f"no server for {give_up_s:.0f} s: aborting the mount, so that nobody hangs on it")
             self._exit_status = 1
             mounts.abort(self._session.device, self._config.mountpoint, as_root=os.geteuid() == 0)

@@ -366,7 +366,11 @@ def prepare(node_dir: Path, server_uid: int) -> None:
 
 def hold_node(node_dir: Path) -> int:
     """One keeper for a node directory; the lock ends with this process. Raises StateBusy."""
-    lock_fd = os.open(node_dir / "keeper.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    return _hold(node_dir, os.O_CREAT)
+
+
+def _hold(node_dir: Path, flags: int) -> int:
+    lock_fd = os.open(node_dir / "keeper.lock", flags | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     deadline_s = time.monotonic() + 10.0
     while True:
         try:
@@ -377,6 +381,17 @@ def hold_node(node_dir: Path) -> int:
                 os.close(lock_fd)
                 raise StateBusy(f"another cachefs keeper holds {node_dir}") from None
             time.sleep(0.05)
+
+
+def unmount_node(node_dir: Path) -> None:
+    """What an earlier keeper mounted, if there is something; nothing is made. Raises StateBusy while a keeper lives."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # then no keeper lives here
+            stack.callback(os.close, _hold(node_dir, 0))
+        root = node_dir / ROOT_NAME
+        found = mounts.find_mount(root)
+        if found is not None and found.fstype == mounts.FSTYPE:
+            mounts.unmount(root, as_root=True)
 
 
 def listen(path: Path) -> socket.socket:
@@ -411,6 +426,9 @@ def main() -> int:
     try:
         if os.geteuid() != 0:
             raise UsageError("the keeper of a node needs root")
+        if arguments.unmount:
+            unmount_node(node_dir)
+            return 0
         prepare(node_dir, arguments.server_uid)
         lock_fd = hold_node(node_dir)
         server = ServerConfig(
@@ -422,11 +440,6 @@ def main() -> int:
             kernel_disable=tuple(item for item in arguments.kernel_disable.split(",") if item),
         )
         config = MountConfig(server=server, volumes=(), mountpoint=node_dir / ROOT_NAME, as_root=True, session="")
-        if arguments.unmount:
-            found = mounts.find_mount(config.mountpoint)
-            if found is not None and found.fstype == mounts.FSTYPE:
-                mounts.unmount(config.mountpoint, as_root=True)
-            return 0
         warn_about_timeouts()
         keeper = NodeKeeper(config, listen(node_dir / RUN_NAME / SOCKET_NAME), arguments.server_uid)
         keeper.begin()

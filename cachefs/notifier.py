@@ -1,4 +1,4 @@
-"""Tell the kernel which names and inodes to forget.
+"""Tell the kernel which names to forget, and ask it which inodes it has.
 
 The kernel takes the lock of a directory for that, and waits for every LOOKUP in it without a way to be killed. In a
 thread of the server such a wait would outlive SIGKILL: the server would stay as a zombie that holds the device, and
@@ -18,7 +18,7 @@ import trio
 
 from cachefs.kernel.process import how_it_ended, kill, spawn
 from cachefs.kernel.session import packet_pair
-from cachefs.kernel.wire import forget_entry_message, forget_inode_message
+from cachefs.kernel.wire import forget_attributes_message, forget_entry_message
 
 WORKERS_MAX = 4
 """So many directories may be held up by waiting LOOKUPs before a further notification has to wait."""
@@ -91,13 +91,9 @@ class Notifier:
         """The next use of this name asks the server again. Never blocks; order is kept per name, not between names."""
         self._put(forget_entry_message(parent, name))
 
-    def forget_inode(self, node: int) -> None:
-        """Drop the attributes and pages that the kernel has of an inode. Never blocks."""
-        self._put(forget_inode_message(node))
-
     async def is_known(self, node: int) -> bool:
         """Whether the kernel still has this inode (open, mapped, or just remembered). Needs run()."""
-        job = self._put(forget_inode_message(node, attributes_only=True))
+        job = self._put(forget_attributes_message(node))
         await job.done.wait()
         return job.number != errno.ENOENT
 

@@ -18,6 +18,11 @@ def document(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, sort_keys=False, default=str))
 
 
+def complain(error: Exception) -> None:
+    """One line on stderr."""
+    click.echo(f"cachefs: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+
+
 def human_bytes(count: float) -> str:
     """`91.2 MiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -11,12 +11,16 @@ from typing import Any, cast
 import msgspec
 
 from cachefs.chunk import CHUNK_BYTES
-from cachefs.config import GIB, MIB, ServerConfig, VolumeConfig
+from cachefs.config import CREDENTIALS_FD_VARIABLE, GIB, MIB, ServerConfig, VolumeConfig
 from cachefs.errors import UsageError
-from cachefs.kernel.locks import runtime_name
+from cachefs.kernel.locks import SOCKET_NAME, runtime_name
 
 SOCKET_PATH_BYTES_MAX = 107  # sun_path has 108 with its NUL
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
+OTHER_VARIABLES = ("CACHEFS_CONFIG", CREDENTIALS_FD_VARIABLE)
+"""CACHEFS_* of ours that are no settings."""
+OTHERS_VARIABLES = r"CACHEFS_(TEST_|([A-Z0-9_]+_)?(SERVICE_(HOST|PORT)|PORT(_|$)))"
+"""The tests' own; and what Kubernetes gives to every container where a Service is called cachefs or cachefs-..."""
 KERNEL_FEATURES = ("resend", "passthrough", "async_dio", "parallel_dirops", "readahead")
 
 
@@ -194,38 +198,52 @@ def _parse(name: str, value: Any, origin: str) -> Setting:
         raise UsageError(f"{origin}: {name}: {exc}" if origin[0] != "-" else f"{origin}: {exc}") from exc
 
 
+ROOT_STATE_DIR, USER_STATE_DIR = "/var/lib/cachefs", ".cache/cachefs"
+ROOT_CONFIG, USER_CONFIG = "/etc/cachefs/config.toml", "cachefs/config.toml"
+"""Of a user: below HOME, and below XDG_CONFIG_HOME or ~/.config."""
+ROOT_CACHE_PART, USER_CACHE_BYTES_MAX = 0.8, 50 * GIB
+DEFAULTS: Mapping[str, Any] = {
+    field.name: field.default
+    for struct in (ServerConfig, VolumeConfig)
+    for field in msgspec.structs.fields(struct)
+    if field.name in PARSERS and field.default is not msgspec.NODEFAULT
+}
+"""Of whoever runs the command; the others are in _defaults(). The structs of config.py say them."""
+DEFAULTS_IN_WORDS: Mapping[str, str] = {
+    "state_dir": f"{ROOT_STATE_DIR} as root, else ~/{USER_STATE_DIR}",
+    "runtime_dir": "a directory in /run/cachefs as root, else in $XDG_RUNTIME_DIR/cachefs or /tmp/cachefs-UID",
+    "cache_size": f"{ROOT_CACHE_PART:.0%} of the file system as root, else {USER_CACHE_BYTES_MAX // GIB}GiB "
+    "or half of what is free, if that is less",
+    "allow_other": "true as root, else false",
+    "uid": "who mounts",
+    "gid": "who mounts",
+}
+"""Those that depend on who runs the command, and where."""
+
+
+def default_text(name: str) -> str:
+    """The default of a setting as the user would write it, or in words where it depends; "" when there is none."""
+    if name in DEFAULTS_IN_WORDS:
+        return DEFAULTS_IN_WORDS[name]
+    value = DEFAULTS[name]
+    if value is None:
+        return ""
+    if PARSERS[name] is parse_size:
+        return f"{value // MIB}MiB"
+    return f"{value:g}" if isinstance(value, float) else _as_text(value)
+
+
 def _defaults(environ: Mapping[str, str], uid: int, gid: int) -> dict[str, Any]:
     root = uid == 0
     home = Path(environ.get("HOME") or "/")
     return {
-        "state_dir": Path("/var/lib/cachefs") if root else home / ".cache" / "cachefs",
+        **DEFAULTS,
+        "state_dir": Path(ROOT_STATE_DIR) if root else home / USER_STATE_DIR,
         "runtime_dir": None,
         "cache_size": None,
-        "prefetch_bytes": 192 * MIB,
-        "free_fraction_min": 0.05,
-        "metrics": None,
-        "log_level": "info",
-        "log_format": "text",
-        "on_unreachable": "wait",
-        "read_timeout_s": 300.0,
-        "get_timeout_s": 30.0,
-        "list_timeout_s": 30.0,
-        "offline": False,
         "allow_other": root,
-        "keeper_give_up_s": 300.0,
-        "bind_timeout_s": 30.0,
-        "kernel_disable": (),
-        "mode": "read-only",
-        "endpoint_url": None,
-        "region": None,
-        "profile": None,
-        "anonymous": False,
-        "store": "auto",
-        "include": (),
-        "exclude": (),
         "uid": uid,
         "gid": gid,
-        "prefetch": "auto",
     }
 
 
@@ -249,8 +267,21 @@ def config_path(flag: str | Path | None, environ: Mapping[str, str], uid: int) -
     if chosen := flag or environ.get("CACHEFS_CONFIG"):
         return _path(str(chosen))
     home = Path(environ.get("XDG_CONFIG_HOME") or Path(environ.get("HOME") or "/") / ".config")
-    usual = Path("/etc/cachefs/config.toml") if uid == 0 else home / "cachefs" / "config.toml"
+    usual = Path(ROOT_CONFIG) if uid == 0 else home / USER_CONFIG
     return usual if usual.is_file() else None
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """CACHEFS_* that set nothing: a setting's name is misspelt, or somebody else has such names. Sorted."""
+    return sorted(
+        name
+        for name, value in environ.items()
+        if value
+        and re.fullmatch(r"CACHEFS_[A-Za-z0-9_]+", name)
+        and name.removeprefix("CACHEFS_").lower() not in PARSERS
+        and name not in OTHER_VARIABLES
+        and not re.match(OTHERS_VARIABLES, name)
+    )
 
 
 def resolve(
@@ -292,8 +323,14 @@ def runtime_dir(settings: Settings, environ: Mapping[str, str], uid: int) -> Pat
     chosen = cast(Path | None, settings["runtime_dir"])
     if chosen is None:
         chosen = runtime_base(environ, uid) / runtime_name(os.path.realpath(settings["state_dir"]))
-    if len(os.fsencode(chosen / "control.sock")) > SOCKET_PATH_BYTES_MAX:
-        raise UsageError(f"the socket path {chosen}/control.sock is longer than 107 bytes: set XDG_RUNTIME_DIR")
+    return check_runtime_dir(chosen, what_to_do="set XDG_RUNTIME_DIR")
+
+
+def check_runtime_dir(chosen: Path, *, what_to_do: str) -> Path:
+    """The same. Raises UsageError, with `what_to_do` in it, if a socket in it could not be named."""
+    path = chosen / SOCKET_NAME
+    if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+        raise UsageError(f"the socket path {path} is longer than {SOCKET_PATH_BYTES_MAX} bytes: {what_to_do}")
     return chosen
 
 
@@ -312,7 +349,7 @@ def cache_bytes(settings: Settings, uid: int) -> int:
     whole, free = usage.f_blocks * usage.f_frsize, usage.f_bavail * usage.f_frsize
     item = settings.items["cache_size"]
     if item.value is None:
-        return int(whole * 0.8) if uid == 0 else max(CHUNK_BYTES, min(50 * GIB, free // 2))
+        return int(whole * ROOT_CACHE_PART) if uid == 0 else max(CHUNK_BYTES, min(USER_CACHE_BYTES_MAX, free // 2))
     try:
         size = parse_size(item.value, whole_bytes=lambda: whole)
     except UsageError as exc:

@@ -15,11 +15,11 @@ TARGETS=${TARGETS:-setup demo}
 apt_install mmdebstrap
 
 # What happens below is in a mount and process namespace of its own: whatever ends it, no mount and no process stays.
-if [ "${CACHEFS_FRESH:-}" != inside ]; then
+if [ "${CACHEFS_TEST_FRESH:-}" != inside ]; then
     work=$(mktemp -d "${TMPDIR:-/var/tmp}/cachefs-fresh-XXXXXX")
     # Only what lies in that file system itself: --one-file-system, should a mount have stayed after all.
     trap 'rm -rf --one-file-system "$work"' EXIT
-    CACHEFS_FRESH=inside unshare --mount --propagation private --pid --fork --kill-child "$0" "$work/root" </dev/null
+    CACHEFS_TEST_FRESH=inside unshare --mount --propagation private --pid --fork --kill-child "$0" "$work/root" </dev/null
     exit
 fi
 root=$1

@@ -12,10 +12,10 @@ SUITE=${2:-bookworm}
 apt_install mmdebstrap
 
 # In a mount and process namespace of its own, so that no mount and no process stays whatever ends it.
-if [ "${CACHEFS_IMAGE:-}" != inside ]; then
+if [ "${CACHEFS_TEST_IMAGE:-}" != inside ]; then
     build=$(mktemp -d "${TMPDIR:-/var/tmp}/cachefs-image-XXXXXX")
     trap 'rm -rf --one-file-system "$build"' EXIT
-    CACHEFS_IMAGE=inside BUILD=$build/root unshare --mount --propagation private --pid --fork --kill-child "$0" "$@" </dev/null
+    CACHEFS_TEST_IMAGE=inside BUILD=$build/root unshare --mount --propagation private --pid --fork --kill-child "$0" "$@" </dev/null
     exit
 fi
 build=$BUILD

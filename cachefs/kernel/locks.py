@@ -18,7 +18,7 @@ from pathlib import Path
 MOUNT_LOCK, KEEPER_LOCK = "mount.lock", "keeper.lock"
 ROOT_NAME = "root"
 STATE_LOCK = "lock"
-SOCKET_NAME = "control.sock"  # as in client.py
+SOCKET_NAME = "control.sock"
 PAUSE_S = 0.02
 PROBE_S = 0.2
 """`status` looks for microseconds whether keeper.lock is held, a keeper that has let the directory be ends at once."""

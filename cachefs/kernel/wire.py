@@ -165,9 +165,9 @@ def forget_entry_message(parent: int, name: bytes) -> bytes:
     return OUT_HEADER.pack(OUT_HEADER.size + len(body), NOTIFY_INVAL_ENTRY, 0) + body
 
 
-def forget_inode_message(node: int, *, attributes_only: bool = False) -> bytes:
-    """fuse_notify_inval_inode_out (ino, off, len): off -1 leaves the pages, off 0 and len 0 drops them all."""
-    body = struct.pack("=Qqq", node, -1 if attributes_only else 0, 0)
+def forget_attributes_message(node: int) -> bytes:
+    """fuse_notify_inval_inode_out (ino, off, len): off -1 leaves the pages."""
+    body = struct.pack("=Qqq", node, -1, 0)
     return OUT_HEADER.pack(OUT_HEADER.size + len(body), NOTIFY_INVAL_INODE, 0) + body
 
 

@@ -8,7 +8,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
-from urllib.parse import unquote_plus, urlsplit
+from urllib.parse import unquote_plus
 
 import msgspec
 
@@ -327,8 +327,3 @@ class S3Store(RangeStore):
     def object_id(self, info: ObjectInfo) -> ObjectId:
         """See Store: the whole key is the path, so that two prefixes of a bucket share bytes."""
         return ObjectId(self.identity, self.location.directory_key("") + info.path, info.size, info.version)
-
-
-def host_of(endpoint: str) -> str:
-    """`host` or `host:port` of an endpoint, for messages."""
-    return urlsplit(endpoint).netloc

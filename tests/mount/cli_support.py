@@ -1,5 +1,6 @@
 """Runs the real command line against a state directory of the test's own, and cleans up whatever happens."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from cachefs import client
 from cachefs.kernel.mounts import MNT_DETACH, read_mounts
 from tests.mount.harness import REPOSITORY, alive, wait_for
 
@@ -62,6 +64,12 @@ class Cli:
         if found["server"]:
             self._pids |= {found["server"]["pid"], found["keeper"]["pid"]}
         return found
+
+    def answers(self) -> bool:
+        """Whether a server answers."""
+        with contextlib.suppress(client.ServerGone):
+            return bool(client.call(self.runtime_dir, "ping", timeout_s=10.0)["pid"])
+        return False
 
     def log(self, name: str = "server.log") -> str:
         """The end of a log."""

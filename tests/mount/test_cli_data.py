@@ -1,5 +1,6 @@
 """status, warm, ls, pin, evict, verify, gc and metrics: the same with a server and without one."""
 
+import json
 import os
 import signal
 import socket
@@ -77,6 +78,30 @@ def test_warm_takes_one_object_and_pins(cli: Cli, bucket: LyingServer, place: Pa
     assert "cannot be reached" in nobody.stderr
 
 
+def test_warm_goes_on_after_a_source_that_fails_and_tells_both(
+    cli: Cli, bucket: LyingServer, place: Path | None
+) -> None:
+    at = ("--endpoint-url", bucket.endpoint_url)
+    sources = ("s3://models/m/sub", "s3://models/nothing", "s3://models/m/weights.bin", "s3://models/none")
+    done = cli.run("warm", *sources, *at, code=1)
+    assert [line.partition(": ")[0] for line in done.stdout.splitlines()] == [sources[0], sources[2]]
+    complaints = [line for line in done.stderr.splitlines() if line.startswith("cachefs: ")]
+    assert [source in line for source, line in zip(sources[1::2], complaints, strict=True)] == [True, True]
+    told = cli.run("warm", *sources, *at, "--json", code=1)
+    document = json.loads(told.stdout)
+    assert [item["source"] for item in document["warmed"]] == [sources[0], sources[2]]
+    assert [(item["source"], item["exit_code"]) for item in document["errors"]] == [(sources[1], 2), (sources[3], 2)]
+    assert all(item["message"] and item["type"] == "UsageError" for item in document["errors"])
+    assert len(told.stderr.splitlines()) == 2
+
+
+def test_warm_fetches_nothing_when_one_argument_is_no_source(cli: Cli, bucket: LyingServer) -> None:
+    done = cli.run("warm", "s3://models/m", "models/m", "--endpoint-url", bucket.endpoint_url, code=2)
+    assert done.stdout == ""
+    assert bucket.gets() == 0
+    assert not cli.state_dir.exists()
+
+
 def test_verify_finds_a_flipped_bit_and_repairs(cli: Cli, bucket: LyingServer) -> None:
     at = ("--endpoint-url", bucket.endpoint_url)
     cli.run("warm", "s3://models/m/weights.bin", *at)
@@ -86,16 +111,50 @@ def test_verify_finds_a_flipped_bit_and_repairs(cli: Cli, bucket: LyingServer) -
         file.write(bytes([DATA[5000] ^ 1]))
     found = cli.run("verify", "--json", code=1)
     assert '"m/weights.bin"' in found.stdout
-    cli.run("verify", "--repair")
+    repaired = cli.run("verify", "--repair").stdout.splitlines()
+    assert repaired[0].endswith(": 1 bad")
+    assert repaired[1] == "bad: s3://models/m/weights.bin chunk 0"
+    # A chunk of a file that the kernel may have mapped goes with its whole file.
+    assert repaired[2] in [f"{count} chunks given up: they are fetched again when they are read" for count in (1, 2)]
     cli.run("mount", "s3://models/m", cli.place(), *at)
     assert (cli.place() / "weights.bin").read_bytes() == DATA
     assert cli.json("verify")["bad"] == []
+
+
+def test_unpin_and_evict_of_nothing_are_done_and_a_pin_from_above_is_named(
+    cli: Cli, bucket: LyingServer, place: Path | None
+) -> None:
+    at = ("--endpoint-url", bucket.endpoint_url)
+    cli.run("warm", "s3://models/m/weights.bin", *at)
+    assert cli.json("unpin", "s3://models/m", *at)["pins"] == 0
+    assert "nothing at s3://models/m was pinned" in cli.run("unpin", "s3://models/m", *at).stdout
+    assert cli.json("evict", "s3://models/m/sub", *at)["evicted_objects"] == 0
+    cli.run("pin", "s3://models/m", *at)
+    refused = cli.run("unpin", "s3://models/m/weights.bin", *at, code=2)
+    assert "s3://models/m: unpin that" in refused.stderr
+    assert [item["pinned"] for item in cli.json("ls")["objects"]] == [True]
+    assert cli.run("unpin", "s3://models/m", *at).stdout == "unpinned s3://models/m\n"
+    assert [item["pinned"] for item in cli.json("ls")["objects"]] == [False]
 
 
 def test_a_mounted_volume_lends_its_options(cli: Cli, bucket: LyingServer) -> None:
     cli.run("mount", "s3://models/m", cli.place(), "--endpoint-url", bucket.endpoint_url)
     (warmed,) = cli.json("warm", "s3://models/m/sub")["warmed"]
     assert warmed["fetched_bytes"] == len(SMALL)
+
+
+def test_status_tells_what_warm_has_fetched_and_has_the_same_keys_without_a_server(
+    cli: Cli, bucket: LyingServer
+) -> None:
+    cli.run("mount", "s3://models/m", cli.place(), "--endpoint-url", bucket.endpoint_url)
+    cli.run("warm", "s3://models/m")
+    served = cli.status()
+    assert (served["cache"]["store_bytes"], served["cache"]["miss_bytes"]) == (TOTAL, 0)
+    assert "fetched from the store in all: 9.0 MiB; evicted: 0 B" in cli.run("status").stdout.splitlines()
+    cli.run("umount", cli.place())
+    assert cli.status().keys() == served.keys()
+    assert cli.status()["cache"] == dict.fromkeys(served["cache"], 0)
+    assert "fetched" not in cli.run("status").stdout
 
 
 def test_status_has_the_fields_that_scripts_rely_on(cli: Cli, bucket: LyingServer) -> None:

@@ -174,6 +174,15 @@ def test_server_that_cannot_start_again_is_tried_until_the_keeper_gives_up(tmp_p
         assert "aborting the mount" in tiny.log()
 
 
+def test_keeper_that_may_never_give_up_waits_for_the_next_server(tmp_path: Path) -> None:
+    with TinyMount(tmp_path, keeper_give_up_s=0.0) as tiny:
+        put(tiny, size=MIB)
+        tiny.start()
+        tiny.kill_server()
+        assert tiny.listing()
+        assert "aborting" not in tiny.log()
+
+
 def test_request_that_ends_every_server_ends_the_mount_at_last(tmp_path: Path) -> None:
     """It comes again and again; servers that become ready in between do not reset the clock."""
     with TinyMount(tmp_path, keeper_give_up_s=6.0) as tiny:

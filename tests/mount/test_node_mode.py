@@ -116,6 +116,29 @@ def test_a_keeper_that_ends_leaves_the_mount(bucket: LyingServer) -> None:
         assert node.mount() == device
 
 
+def test_a_keeper_that_is_to_unmount_makes_nothing() -> None:
+    with Node() as node:
+        command = [sys.executable, "-P", "-m", "cachefs.cli", "keeper", "--node-dir", str(node.node_dir), "--unmount"]
+
+        def unmount_all() -> None:
+            subprocess.run(command, env=node.environment(), cwd="/", check=True, timeout=60)
+
+        unmount_all()
+        assert not node.node_dir.exists()
+        node.node_dir.mkdir()
+        unmount_all()
+        assert os.listdir(node.node_dir) == []
+        node.start_keeper()
+        assert node.keeper is not None
+        node.keeper.kill()
+        node.keeper.wait()
+        assert node.mount() is not None
+        before = sorted(os.listdir(node.node_dir))
+        unmount_all()
+        assert node.mount() is None
+        assert sorted(os.listdir(node.node_dir)) == before
+
+
 def test_after_the_death_of_all_a_new_mount_shows_the_same_volumes(bucket: LyingServer) -> None:
     with running_node(bucket.endpoint_url) as node:
         view = node.publish("pod", "s3://models/llama", GOOD, prefetch="all")

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cachefs import client
-from cachefs.kernel.locks import runtime_name
+from cachefs.kernel.locks import STATE_LOCK, is_locked, runtime_name
 from cachefs.settings import runtime_base
 from tests.mount.cli_support import Cli
 from tests.mount.harness import needs_fuse, wait_for
@@ -51,7 +50,7 @@ def test_umount_leaves_nothing_also_of_two_volumes(cli: Cli, source: str) -> Non
         cli.run("mount", source, two, "--include", "a")
         cli.run("umount", one)
         assert (two / "a").read_bytes() == b"hello"
-        assert client.is_running(cli.runtime_dir)
+        assert cli.answers()
         cli.run("umount", two)
         assert not cli.runtime_dir.exists()
 
@@ -97,7 +96,8 @@ def test_a_mount_that_fails_leaves_the_directory_of_a_live_session_and_none_of_i
     missing = f"file://{cli.directory}/missing"
     cli.run("mount", missing, cli.place("one"), code=2)
     assert not cli.runtime_dir.exists()
-    assert not cli.state_dir.exists() or (cli.state_dir / "log").exists()
+    assert f"{missing} cannot be mounted" in cli.log()  # the state directory stays: the server's log says why
+    assert not is_locked(cli.state_dir / STATE_LOCK)
     cli.run("mount", source, cli.place())
     before = sorted(os.listdir(cli.runtime_dir))
     cli.run("mount", missing, cli.place("one"), code=2)

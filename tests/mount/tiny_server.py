@@ -172,8 +172,6 @@ async def obey(link: KeeperLink, notifier: Notifier, fs: TinyFS, command: list) 
             link.request_unmount()
         case ["forget_entry", parent, name]:
             notifier.forget_entry(parent, name.encode())
-        case ["forget_inode", node]:
-            notifier.forget_inode(node)
         case ["is_known", node]:
             return await notifier.is_known(node)
         case ["nonsense"]:

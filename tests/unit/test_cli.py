@@ -58,14 +58,15 @@ def test_every_command_has_help() -> None:
     } <= set(cli.group.commands)
 
 
-def test_every_command_takes_json_and_state_dir() -> None:
+def test_every_command_takes_json_state_dir_and_config() -> None:
     for name, command in cli.group.commands.items():
         if name in ("csi", "keeper"):
             continue  # programs of their own, with flags of their own
         inner = command.commands.values() if isinstance(command, click.Group) else [command]
         for each in inner:
             options = {option for parameter in each.params for option in parameter.opts}
-            assert {"--json", "--state-dir"} <= options, name
+            assert {"--state-dir", "--config"} <= options, name
+            assert ("--json" in options) == (name != "serve"), name  # it runs until it is stopped: nothing to print
 
 
 BAD = [
@@ -190,6 +191,21 @@ def test_config_show_says_where_values_come_from(run: Run, tmp_path: Path) -> No
     assert found["cache_size"] == {"value": "1GiB", "origin": str(tmp_path / "c.toml")}
     assert found["state_dir"]["origin"] == "CACHEFS_STATE_DIR"
     assert found["store"] == {"value": "auto", "origin": "default"}
+
+
+def test_a_variable_that_is_no_setting_is_told_of_in_one_line(run: Run) -> None:
+    others = {"CACHEFS_TEST_X": "1", "CACHEFS_SERVICE_HOST": "10.0.0.1", "CACHEFS_A_PORT_80_TCP": "tcp://10.0.0.1:80"}
+    done = run("status", CACHEFS_CACHE_SIZES="1GiB", CACHEFS_REGIO="x", CACHEFS_REGION="x", **others)
+    assert done.returncode == 0
+    assert done.stderr == (
+        "cachefs: no such setting, left out: CACHEFS_CACHE_SIZES, CACHEFS_REGIO (see `cachefs config show`)\n"
+    )
+    assert run("status", CACHEFS_REGION="x", CACHEFS_EMPTY="", **others).stderr == ""
+
+
+def test_an_error_with_json_is_a_line_on_stderr_and_no_document(run: Run) -> None:
+    done = run("ls", "--json")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 
 def test_status_without_a_server_is_no_error(run: Run) -> None:

@@ -76,5 +76,4 @@ def test_what_is_no_init_is_refused(data: bytes) -> None:
 def test_notifications_have_the_kernels_layout() -> None:
     assert wire.resend_message() == struct.pack("=IiQ", 16, 7, 0)
     assert wire.forget_entry_message(5, b"name") == struct.pack("=IiQQII", 37, 3, 0, 5, 4, 0) + b"name\0"
-    assert wire.forget_inode_message(6) == struct.pack("=IiQQqq", 40, 2, 0, 6, 0, 0)
-    assert wire.forget_inode_message(6, attributes_only=True) == struct.pack("=IiQQqq", 40, 2, 0, 6, -1, 0)
+    assert wire.forget_attributes_message(6) == struct.pack("=IiQQqq", 40, 2, 0, 6, -1, 0)

@@ -159,6 +159,13 @@ def test_architecture_names_every_layer() -> None:
     assert wanted <= shown
 
 
+def test_make_help_names_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.findall(r"^\.PHONY: (.+)$", makefile + (ROOT / "csi.mk").read_text(), re.MULTILINE)
+    shown = set(re.findall(r"^\t@echo '(?:make| +) ?([a-z-]+)", makefile, re.MULTILINE))
+    assert {name for line in phony for name in line.split()} - {"help"} <= shown
+
+
 def test_version_is_said_once_and_in_the_changelog() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
