@@ -66,7 +66,7 @@ volume_options = _stack(
 )
 server_options = _stack(
     _setting("--cache-size", metavar="SIZE", help="Most bytes to keep: 50GiB, or 80% of the file system."),
-    _setting("--prefetch-bytes", metavar="SIZE", help="Most bytes that readahead has in flight."),
+    _setting("--prefetch-bytes", metavar="SIZE", help="Most bytes that background fetches have in flight; 0: none."),
     _setting("--offline", is_flag=True, default=None, help="Never ask the store."),
     _setting("--on-unreachable", type=click.Choice(["wait", "error"]), help="When the store does not answer."),
     _setting(

@@ -40,7 +40,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Holds the sockets, the FUSE root (as root) and the ledger; 0700."""
     cache_bytes_max: int
     prefetch_bytes: int = 192 * MIB
-    """Most bytes that readahead of one reader, and all background fills together, may have in flight."""
+    """Most bytes that background fills have in flight together; a source may have a quarter in any case; 0: none."""
     free_fraction_min: float = 0.05
     """This part of the file system is always left free."""
     metrics: str | None = None

@@ -143,8 +143,8 @@ class Fills:
         """Start a background fill if there is room for one now. `spare`: nobody is about to read it."""
         loads = cached.states[index] == COMMITTED
         length = cached.length(index)
-        if self._config.offline and not loads:
-            return True
+        if (self._config.offline and not loads) or not self._config.prefetch_bytes:
+            return True  # nothing is fetched in the background: not now and not later
         # Who waits for a buffer waits for the last ones, or at his source's share: neither is taken from him here.
         if self._nursery is None or self.pool.available < 2:
             return False

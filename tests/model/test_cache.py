@@ -389,6 +389,18 @@ def test_prefetch_asks_a_source_for_no_more_at_a_time_than_its_pace_allows(tmp_p
     run(scenario)
 
 
+def test_a_budget_of_nothing_is_no_background_fill(tmp_path: Path) -> None:
+    store = MemoryStore({"a": content(2 * CHUNK)})
+
+    async def scenario() -> None:
+        async with opened_cache(tmp_path, prefetch_bytes=0) as cache:
+            assert cache.offer(store, store.id_of("a"), 1)  # nobody need ask again
+            assert bytes(await cache.read(store, store.id_of("a"), 0, 10)) == content(10)
+        assert store.get_count == 1
+
+    run(scenario)
+
+
 def test_a_hung_source_leaves_the_others_a_share_of_prefetch(tmp_path: Path) -> None:
     hung = MemoryStore({"a": content(60 * CHUNK)}, bucket="hung")
     well = MemoryStore({"b": content(4 * CHUNK, 2)}, bucket="well")
