@@ -319,9 +319,10 @@ def logs(lines: int, **flags: Any) -> None:
 @server_options
 @click.option("--state-dir", metavar="DIR", help="Where the cache is kept. [default: NODE_DIR/cache]")
 @config_option
-def serve(**flags: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Log JSON lines, as --log-format json.")
+def serve(as_json: bool, **flags: Any) -> None:
     """Serve a node's volumes to the CSI driver (in a Kubernetes pod, as an unprivileged user). Runs until SIGTERM."""
-    cli_node.serve(flags)
+    cli_node.serve({**flags, "log_format": "json"} if as_json else flags)
 
 
 group.add_command(cli_node.keeper)

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import click.testing
 import pytest
 
-from cachefs import cli, output
+from cachefs import cli, cli_node, output
 
 HEAVY = {"pyfuse3", "trio", "lmdb", "obstore", "s3fs", "grpc", "fsspec", "prometheus_client", "rich", "structlog"}
 
@@ -66,7 +67,7 @@ def test_every_command_takes_json_state_dir_and_config() -> None:
         for each in inner:
             options = {option for parameter in each.params for option in parameter.opts}
             assert {"--state-dir", "--config"} <= options, name
-            assert ("--json" in options) == (name != "serve"), name  # it runs until it is stopped: nothing to print
+            assert "--json" in options, name
 
 
 BAD = [
@@ -250,3 +251,11 @@ def test_a_runtime_base_of_another_user_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="belongs to user 0"):
         cli_mount._make_runtime_dir(base / "0123456789ab", command)
     assert list(base.iterdir()) == []
+
+
+def test_serve_with_json_logs_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Mapping[str, Any]] = []
+    monkeypatch.setattr(cli_node, "serve", given.append)
+    for arguments in (["--json"], ["--json", "--log-format", "text"], []):
+        assert click.testing.CliRunner().invoke(cli.group, ["serve", "--node-dir", "/n", *arguments]).exit_code == 0
+    assert [flags["log_format"] for flags in given] == ["json", "json", None]
