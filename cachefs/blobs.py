@@ -206,7 +206,8 @@ class Blobs:
         self.files = OpenBlobs(tier)
         self._clock = clock
         self._objects: OrderedDict[ObjectId, CachedObject] = OrderedDict()
-        self.used_bytes = 0  # INVARIANT: sum of disk_bytes of all objects
+        self.used_bytes = 0  # INVARIANT: sum of disk_bytes of all objects and of what could not be deleted
+        self.stuck: dict[str, int] = {}  # names of blobs that could not be deleted: never used again; their disk bytes
         self.reserved_bytes = 0  # of chunks that are being written
         self.touched: dict[ObjectId, None] = {}  # objects whose access time is newer than their Header
 
@@ -234,6 +235,13 @@ class Blobs:
         self.used_bytes += disk_bytes - cached.disk_bytes
         cached.disk_bytes = disk_bytes
 
+    def set_stuck(self, name: str, disk_bytes: int | None) -> None:
+        """A blob could not be deleted, and takes so much. None: it is deleted now."""
+        self.used_bytes -= self.stuck.pop(name, 0)
+        if disk_bytes is not None:
+            self.stuck[name] = disk_bytes
+            self.used_bytes += disk_bytes
+
     def forget_if_empty(self, cached: CachedObject) -> None:
         """Memory is for objects of which something is local, open or in flight."""
         if cached.idle and not cached.present and not cached.disk_bytes:
@@ -248,9 +256,10 @@ class Blobs:
         return len(self._objects)
 
     def check_invariants(self) -> None:
-        assert self.used_bytes == sum(cached.disk_bytes for cached in self)
+        assert self.used_bytes == sum(cached.disk_bytes for cached in self) + sum(self.stuck.values())
         assert self.reserved_bytes >= 0
         for cached in self:
+            assert cached.name not in self.stuck or not (cached.present or cached.disk_bytes)
             present = [index for index, state in enumerate(cached.states) if state != ABSENT]
             assert cached.present == len(present)
             assert cached.local_bytes == sum(cached.length(index) for index in present)

@@ -88,13 +88,7 @@ class ChunkCache:
 
     async def recover(self) -> None:
         """At start, before run(): what the state directory holds becomes known, leftovers of a crash are deleted."""
-        found = await self._offload.disk(recovery.look, self._index, self._tier)
-        await self._offload.index(self._index.apply, found.writes, durable=True)
-        for name, _ in found.orphans:
-            await self._offload.disk(self._tier.unlink, name)
-        for cached in found.objects:
-            self._blobs.add(cached)
-        self._space.pins.update(found.pins)
+        await recovery.recover(self._space, self._blobs, self._index, self._offload)
         self._committer.epoch = await self._offload.index(recovery.begin_session, self._index)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -115,6 +109,7 @@ class ChunkCache:
         while True:
             await self._space.make_room()
             await trio.sleep(TOUCH_SECONDS)
+            await self._space.unlink_stuck()
             await self._committer.persist_access_times()
 
     async def prepare(self) -> None:
@@ -378,12 +373,14 @@ class ChunkCache:
             )
 
     def usage(self) -> Usage:
+        free_bytes, trouble = self._space.look_at_disk()
         return Usage(
             used_bytes=self._blobs.used_bytes,
             capacity_bytes=self._tier.capacity_bytes,
-            free_bytes=self._tier.free_bytes()[0],
+            free_bytes=free_bytes,
             objects_total=sum(cached.present > 0 for cached in self._blobs),
             objects_sealed=sum(cached.seal is not None for cached in self._blobs),
+            trouble=trouble,
         )
 
     def room(self) -> tuple[int, dict[ObjectId, int]]:

@@ -65,6 +65,8 @@ class Usage(msgspec.Struct, frozen=True):
     free_bytes: int
     objects_total: int
     objects_sealed: int
+    trouble: str
+    """Why nothing can be kept on the disk, or ""."""
 
 
 class Skip(enum.Enum):
@@ -74,6 +76,7 @@ class Skip(enum.Enum):
     PINNED = "pinned"
     BUSY = "busy"
     IN_USE = "in use"
+    STUCK = "cannot be deleted"
     ABSENT = "not local"
 
 

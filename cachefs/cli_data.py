@@ -165,6 +165,8 @@ def print_status(found: dict[str, Any]) -> None:
         click.echo(
             f"tier {tier['name']}: {human_bytes(tier['used_bytes'])} of {human_bytes(tier['capacity_bytes'])} used"
         )
+        if tier.get("trouble"):
+            click.echo(f"  nothing is kept in it: {tier['trouble']}")
     if server is not None:
         counts = {name: human_bytes(count) for name, count in found["cache"].items()}
         click.echo(f"readers got {counts['hit_bytes']} from the cache, {counts['miss_bytes']} that had to be fetched")

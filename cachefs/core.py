@@ -143,6 +143,7 @@ class Core:
                 "free_bytes": usage.free_bytes,
                 "objects_total": usage.objects_total,
                 "objects_sealed": usage.objects_sealed,
+                "trouble": usage.trouble,
             }
         ]
 

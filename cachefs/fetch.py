@@ -414,14 +414,18 @@ class Fills:
         if cached.states[fill.index] != ABSENT:
             fill.kept = True
             return
+        if cached.name in self._blobs.stuck:
+            self._not_kept(fill, "its old blob could not be deleted")
+            return
         if not await self._space.reserve(fill.length):
-            self._not_kept(fill, "there is no room: everything else is open, pinned or in use")
+            trouble = self._space.look_at_disk()[1]
+            self._not_kept(fill, trouble or "there is no room: everything else is open, pinned or in use")
             return
         generation = cached.generation
         digest, gone = None, False
         cached.busy += 1
         try:
-            if cached.dropping is not None:
+            if cached.dropping is not None or cached.name in self._blobs.stuck:
                 self._not_kept(fill, "the object is being dropped")
                 return
             digest, stat = await self._offload.disk(
@@ -454,7 +458,13 @@ class Fills:
 
     async def _tidy_after_failed_write(self, cached: CachedObject) -> None:
         """Part of a chunk may be on disk: it counts as used; a blob with nothing else in it goes."""
-        stat = await self._offload.disk(self._blobs.tier.stat, cached.name)
+        try:
+            stat = await self._offload.disk(self._blobs.tier.stat, cached.name)
+        except OSError as exc:
+            log.warning("what the blob of %s takes cannot be seen: %s", cached.object_id.path, exc)
+            return
+        if cached.name in self._blobs.stuck:
+            return  # dropped meanwhile; what it takes is counted there
         self._blobs.set_disk_bytes(cached, stat.disk_bytes if stat is not None else 0)
         if not (cached.present or cached.busy or cached.dropping is not None):
             await self._space.drop(cached)

@@ -265,6 +265,9 @@ class Metrics:
         self.tier_write_errors = self._counter(
             "cachefs_tier_write_errors", "Chunks that could not be kept (disk full or failing).", {}
         )
+        self.tier_unlink_errors = self._counter(
+            "cachefs_tier_unlink_errors", "Blobs that could not be deleted; they take room and are not used.", {}
+        )
         self.opens = self._counter(
             "cachefs_opens", "Opens of files, by mode (passthrough, cached).", {"mode": ("passthrough", "cached")}
         )

@@ -4,6 +4,7 @@ A crash can leave blobs without a record (a fill that was not committed, an evic
 after a power cut, records without a blob. Neither is an error.
 """
 
+import logging
 import sys
 import uuid
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import NamedTuple
 
 import msgspec
 
-from cachefs.blobs import COMMITTED, DIGEST_BYTES, CachedObject
+from cachefs.blobs import COMMITTED, DIGEST_BYTES, Blobs, CachedObject
 from cachefs.cached import Header, Pin
 from cachefs.chunk import ObjectId
 from cachefs.index import Index, Table, Write
+from cachefs.offload import Offload
+from cachefs.space import Space
 from cachefs.tier import BlobStat, Tier
+
+log = logging.getLogger(__name__)
 
 KEY_BYTES = 16
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -30,15 +35,37 @@ class Found(NamedTuple):
     """Blobs without a usable record, and the bytes that they take."""
     writes: list[Write]
     """What makes the index forget records that have no usable blob."""
+    lost: list[str]
+    """Names of records whose blob was not found. One that lies in a directory that cannot be read is there still."""
     dropped_records: int
     pins: dict[str, Pin]
 
 
+async def recover(space: Space, blobs: Blobs, index: Index, offload: Offload) -> None:
+    """What the state directory holds becomes known, leftovers of a crash are deleted.
+
+    Blobs that cannot be listed may be well at the next start: their records stay, and nothing is kept meanwhile.
+    """
+    try:
+        found = await offload.disk(look, index, blobs.tier)
+    except OSError as exc:
+        log.error("the blobs cannot be listed, so nothing is kept until the next start: %s", exc)
+        space.keep_nothing(str(exc))
+        space.pins.update(_pins(index))
+        return
+    await offload.index(index.apply, found.writes, durable=True)
+    await space.unlink({**dict.fromkeys(found.lost, 0), **dict(found.orphans)})
+    for cached in found.objects:
+        blobs.add(cached)
+    space.pins.update(found.pins)
+
+
 def look(index: Index, tier: Tier) -> Found:
-    """Compare all records with all blobs. Blocks: for a thread."""
+    """Compare all records with all blobs. Blocks: for a thread. Raises OSError when the blobs cannot be listed."""
     blobs: dict[str, BlobStat] = dict(tier.scan())
     by_key: dict[bytes, CachedObject] = {}
     writes: list[Write] = []
+    lost: list[str] = []
     dropped = 0
     for key, value in index.scan(Table.OBJECTS):
         cached = _object(value)
@@ -46,6 +73,8 @@ def look(index: Index, tier: Tier) -> Found:
         if cached is None or cached.key != key or stat is None or stat.size != cached.object_id.size:
             writes.append(Write(Table.OBJECTS, key, None))
             dropped += 1
+            if stat is None:
+                lost.append(key.hex())
             continue
         cached.disk_bytes = stat.disk_bytes
         by_key[key] = cached
@@ -61,7 +90,7 @@ def look(index: Index, tier: Tier) -> Found:
             cached.seal = None
     orphans = [(name, stat.disk_bytes) for name, stat in blobs.items() if bytes.fromhex(name) not in by_key]
     objects = sorted(by_key.values(), key=lambda cached: cached.used_s)
-    return Found(objects, orphans, writes, dropped, _pins(index))
+    return Found(objects, orphans, writes, lost, dropped, _pins(index))
 
 
 def _object(value: bytes) -> CachedObject | None:

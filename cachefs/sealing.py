@@ -15,7 +15,7 @@ from cachefs.blobs import CHECKED, COMMITTED, Blobs, CachedObject
 from cachefs.cached import Seal, VerifyReport
 from cachefs.chunk import ChunkKey, ObjectId
 from cachefs.committer import Committer
-from cachefs.errors import IntegrityError, NoSpace
+from cachefs.errors import IntegrityError, NoSpace, WorkFailed
 from cachefs.fetch import Fills
 from cachefs.index import Index
 from cachefs.metrics import Metrics
@@ -115,12 +115,20 @@ class Sealing:
     async def _verify_suspect(self, cached: CachedObject) -> None:
         log.info("%s is verified before it is served from its blob directly", cached.object_id.path)
         try:
-            before = await self._offload.disk(self._blobs.tier.stat, cached.name)
+            before = await self._stat(cached)
             bad = await self._verify_and_drop(cached)
             if not bad:
                 await self._reseal(cached, before)
         finally:
             self._verifying.discard(cached.object_id)
+
+    async def _stat(self, cached: CachedObject) -> BlobStat | None:
+        """None: there is no such blob, or the disk has lost it."""
+        try:
+            return await self._offload.disk(self._blobs.tier.stat, cached.name)
+        except OSError as exc:
+            log.warning("the blob of %s cannot be looked at: %s", cached.object_id.path, exc)
+            return None
 
     async def _verify_and_drop(self, cached: CachedObject) -> list[int]:
         """Give up chunks that are wrong, unless a reader who met one has given up the whole blob meanwhile."""
@@ -134,7 +142,7 @@ class Sealing:
     async def _reseal(self, cached: CachedObject, before: BlobStat | None) -> None:
         """Every chunk was just checked: the blob is the sealed one, if it still looks as it did before the check."""
         generation = cached.generation
-        stat = await self._offload.disk(self._blobs.tier.stat, cached.name)
+        stat = await self._stat(cached)
         if cached.generation != generation or cached.dropping is not None:
             return
         if stat is None or stat.size != cached.object_id.size:
@@ -220,7 +228,7 @@ class Sealing:
             progress(done, max(total, done))
 
         for cached in chosen:
-            before = await self._offload.disk(self._blobs.tier.stat, cached.name)
+            before = await self._stat(cached)
             generation = cached.generation
             wrong = await self.verify_object(cached, advance)
             bad.extend(ChunkKey(cached.object_id, index) for index in wrong)
@@ -236,7 +244,10 @@ class Sealing:
 
     async def sweep(self, *, dry_run: bool) -> tuple[int, int, int]:
         """Drop records without a usable blob and blobs without a record: (records, blobs, bytes)."""
-        found = await self._offload.disk(recovery.look, self._index, self._blobs.tier)
+        try:
+            found = await self._offload.disk(recovery.look, self._index, self._blobs.tier)
+        except OSError as exc:
+            raise WorkFailed(f"the blobs cannot be listed, so nothing is deleted: {exc}") from exc
         known = {cached.name for cached in self._blobs}
         blobs = [(name, size) for name, size in found.orphans if name not in known]
         local = {cached.object_id for cached in found.objects}
@@ -244,8 +255,9 @@ class Sealing:
         lost = [cached for cached in lost if not (cached.busy or cached.uncommitted or cached.dropping is not None)]
         if not dry_run:
             for cached in lost:
-                await self._space.drop(cached)
-            for name, _ in blobs:
-                if name not in {cached.name for cached in self._blobs}:
-                    await self._offload.disk(self._blobs.tier.unlink, name)
+                if cached.dropping is None:
+                    await self._space.drop(cached)
+            for name, size in list(blobs):
+                if name not in {cached.name for cached in self._blobs} and await self._space.unlink({name: size}):
+                    blobs.remove((name, size))
         return len(lost), len(blobs), sum(size for _, size in blobs)

@@ -4,7 +4,10 @@ Order on the way out: the record is gone for good (committed and synced), then t
 between leaves a blob without a record, which the next start deletes; never a record of bytes that are not there.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import trio
 
@@ -16,9 +19,23 @@ from cachefs.errors import NoSpace
 from cachefs.index import Index, Table, Write
 from cachefs.metrics import Metrics
 from cachefs.offload import Offload
+from cachefs.tier import Tier
+
+log = logging.getLogger(__name__)
 
 EVICTED_TOGETHER = 64
 """Objects that a command's eviction drops at once: one by one, 10,000 small objects take a minute of commits."""
+
+STUCK_IN_A_ROW_MAX = 3
+"""After so many blobs that could not be deleted, one after the other, nothing is evicted for a chunk until the next
+try: on a disk that has become read-only all that is local would be given up, and no room be gained."""
+
+
+class Stuck(NamedTuple):
+    """A blob that could not be deleted: why, and what it takes."""
+
+    error: OSError
+    disk_bytes: int
 
 
 class Space:
@@ -40,10 +57,17 @@ class Space:
         self._hook = hook
         self._evicting = trio.Lock()
         self._committing = trio.Lock()
+        self._stuck_in_a_row = 0
+        self._closed = ""
+        """Why nothing is kept in this process."""
         self._deletions: list[tuple[list[Write], trio.Event]] = []
         self.pins: dict[str, Pin] = {}
         self.release_held: Callable[[CachedObject], None] = lambda cached: None
         """Set by the cache: gives back the buffers that are held for readers of an object."""
+
+    def keep_nothing(self, why: str) -> None:
+        """From here on in this process. What is known may be served."""
+        self._closed = why
 
     # -- what may go
 
@@ -70,7 +94,8 @@ class Space:
 
     # -- room for a chunk
 
-    def shortfall_bytes(self, add_bytes: int) -> int:
+    def _shortfall_bytes(self, add_bytes: int) -> int:
+        """Raises OSError when the tier is gone."""
         free_bytes, disk_bytes = self._tier.free_bytes()
         return policy.shortfall_bytes(
             add_bytes=add_bytes,
@@ -81,9 +106,21 @@ class Space:
             free_fraction_min=self._tier.free_fraction_min,
         )
 
+    def look_at_disk(self) -> tuple[int, str]:
+        """What is free, and why nothing can be kept there, or ""."""
+        try:
+            return self._tier.free_bytes()[0], self._closed
+        except OSError as exc:
+            return 0, self._closed or str(exc)
+
     def room_bytes(self) -> int:
         """What objects could fill if all others went: within the capacity, and with the disk's reserve left free."""
-        free_bytes, disk_bytes = self._tier.free_bytes()
+        try:
+            free_bytes, disk_bytes = self._tier.free_bytes()
+        except OSError:
+            return 0
+        if self._closed:
+            return 0
         on_disk = self._blobs.used_bytes + free_bytes - int(disk_bytes * self._tier.free_fraction_min)
         return min(self._tier.capacity_bytes, on_disk)
 
@@ -96,14 +133,22 @@ class Space:
         }
 
     async def reserve(self, chunk_bytes: int) -> bool:
-        """Room for a chunk, evicting if need be; the caller takes the reservation back after its write."""
-        if self.shortfall_bytes(chunk_bytes) > 0:
-            async with self._evicting:
-                await self._evict_lru(self.shortfall_bytes(chunk_bytes))
-                if self.shortfall_bytes(chunk_bytes) > 0:
-                    return False
-                self._blobs.reserved_bytes += chunk_bytes
-                return True
+        """Room for a chunk, evicting if need be; the caller takes the reservation back after its write.
+
+        A tier that is gone has no room, and evicting would make none.
+        """
+        if self._closed:
+            return False
+        try:
+            if self._shortfall_bytes(chunk_bytes) > 0:
+                async with self._evicting:
+                    await self._evict_lru(self._shortfall_bytes(chunk_bytes))
+                    if self._shortfall_bytes(chunk_bytes) > 0:
+                        return False
+                    self._blobs.reserved_bytes += chunk_bytes
+                    return True
+        except OSError:
+            return False
         self._blobs.reserved_bytes += chunk_bytes
         return True
 
@@ -113,17 +158,16 @@ class Space:
     async def make_room(self) -> None:
         """Back under the capacity and the free reserve (a smaller --cache-size, a disk that others filled)."""
         async with self._evicting:
-            short = self.shortfall_bytes(0)
-            while short > 0:
-                if not await self._evict_lru(short) and not await self._evict_lru(1):
-                    return
-                short = self.shortfall_bytes(0)
+            with contextlib.suppress(OSError):  # the tier is gone: there is nothing to make room in
+                while (short := self._shortfall_bytes(0)) > 0:
+                    if not await self._evict_lru(short) and not await self._evict_lru(1):
+                        return
 
     async def _evict_lru(self, need_bytes: int) -> int:
         """Evict until so much is freed; what was freed. Victims that turn out to be in use are passed over."""
         freed = 0
         refused: set[ObjectId] = set()
-        while freed < need_bytes:
+        while freed < need_bytes and self._stuck_in_a_row < STUCK_IN_A_ROW_MAX:
             candidates = (found for found in self._candidates() if found.object not in refused)
             victims = policy.select_victims(candidates, need_bytes - freed)
             if not victims:
@@ -177,20 +221,29 @@ class Space:
         if reason is not None:
             return 0, reason
         self._blobs.files.forget(cached.name)
-        unused = await self._offload.disk(self._tier.is_unused, cached.name)
-        if not unused:
-            return 0, Skip.IN_USE
+        try:
+            if not await self._offload.disk(self._tier.is_unused, cached.name):
+                return 0, Skip.IN_USE
+        except OSError as exc:
+            log.warning("whether the blob of %s is in use cannot be seen: %s", cached.object_id.path, exc)
+            return 0, Skip.STUCK
         reason = self._reason_to_stay(cached)  # it may have been opened meanwhile
         if reason is not None:
             return 0, reason
         freed = cached.disk_bytes
-        await self.drop(cached)
+        if not await self.drop(cached):
+            self._stuck_in_a_row += 1
+            return 0, Skip.STUCK
+        self._stuck_in_a_row = 0
         self._metrics.evicted_objects.inc()
         self._metrics.evicted_bytes.inc(freed)
         return freed, None
 
-    async def drop(self, cached: CachedObject) -> None:
-        """Give up the blob, whoever uses it. Fills of the object wait until the old blob is gone."""
+    async def drop(self, cached: CachedObject) -> bool:
+        """Give up the blob, whoever uses it. Fills of the object wait until the old blob is gone.
+
+        False: it could not be deleted. It takes room, and the object is not kept until a later try deletes it.
+        """
         assert cached.dropping is None
         dropping = cached.dropping = trio.Event()
         writes = cached.delete()
@@ -198,18 +251,39 @@ class Space:
         self._hook("evict:begun")
         self.release_held(cached)
         self._blobs.files.forget(cached.name)
+        stuck: Mapping[str, Stuck] = {}
         try:
             # A cancelled command must not leave the blob between its record and its end.
             with trio.CancelScope(shield=True):
                 await self._delete_records(writes)
                 self._hook("evict:recorded")
-                await self._offload.disk(self._tier.unlink, cached.name)
+                stuck = await self.unlink({cached.name: cached.disk_bytes})
                 self._hook("evict:unlinked")
         finally:
             self._blobs.set_disk_bytes(cached, 0)
             cached.dropping = None
             dropping.set()
             self._blobs.forget_if_empty(cached)
+        return not stuck
+
+    async def unlink(self, disk_bytes: Mapping[str, int]) -> Mapping[str, Stuck]:
+        """Delete blobs, of names and what they take. The answer has those that stay: they are never used again.
+
+        INVARIANT: who comes here has given up the records, so nothing is read from a blob that stays.
+        """
+        stuck = await self._offload.disk(_unlink_all, self._tier, disk_bytes)
+        for name in disk_bytes:
+            found = stuck.get(name)
+            if found is not None and name not in self._blobs.stuck:  # told once, not at each try
+                self._metrics.tier_unlink_errors.inc()
+                log.warning("a blob cannot be deleted, and is not used any more: %s", found.error)
+            self._blobs.set_stuck(name, found.disk_bytes if found is not None else None)
+        return stuck
+
+    async def unlink_stuck(self) -> None:
+        """Try again, and let the next chunk that needs room try one more."""
+        await self.unlink(dict(self._blobs.stuck))
+        self._stuck_in_a_row = min(self._stuck_in_a_row, STUCK_IN_A_ROW_MAX - 1)
 
     async def drop_chunk(self, cached: CachedObject, index: int) -> None:
         """A chunk is wrong on disk. A blob that ever had a backing id is never rewritten: it goes as a whole."""
@@ -241,3 +315,22 @@ class Space:
             await self._offload.index(self._index.apply, writes, durable=True)
         except NoSpace as exc:
             self._metrics.errors.labels(type(exc).__name__).inc()
+
+
+def _unlink_all(tier: Tier, disk_bytes: Mapping[str, int]) -> dict[str, Stuck]:
+    """Delete blobs, of names and what they took when last seen; those that stay. Blocks: for a thread."""
+    stuck: dict[str, Stuck] = {}
+    for name, taken_bytes in disk_bytes.items():
+        try:
+            tier.unlink(name)
+        except OSError as exc:
+            stuck[name] = Stuck(exc, _taken_bytes(tier, name, taken_bytes))
+    return stuck
+
+
+def _taken_bytes(tier: Tier, name: str, last_seen_bytes: int) -> int:
+    try:
+        stat = tier.stat(name)
+    except OSError:
+        return last_seen_bytes
+    return stat.disk_bytes if stat is not None else 0

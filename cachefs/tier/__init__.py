@@ -5,6 +5,9 @@ from typing import Protocol
 
 import msgspec
 
+NO_SIZE = -1
+"""The size of what is no blob: no object has it."""
+
 
 class BlobStat(msgspec.Struct, frozen=True, array_like=True):
     """What identifies a blob's content to the file system. `disk_bytes` is st_blocks * 512."""
@@ -37,19 +40,23 @@ class Tier(Protocol):
         """
 
     def open(self, name: str) -> int:
-        """A read-only descriptor. Raises FileNotFoundError."""
+        """A read-only descriptor. Raises FileNotFoundError, also for what is no plain file; OSError."""
 
     def stat(self, name: str) -> BlobStat | None:
-        """None when there is no such blob."""
+        """None when there is no such blob, or no plain file of that name. Raises OSError."""
 
     def unlink(self, name: str) -> None:
-        """Delete a blob; one that does not exist is no error."""
+        """Delete a blob; one that does not exist is no error. Raises OSError: it is still there."""
 
     def is_unused(self, name: str) -> bool:
-        """Whether nobody has the blob open or mapped, the caller included."""
+        """Whether nobody has the blob open or mapped, the caller included. Raises OSError if it cannot be opened."""
 
     def scan(self) -> Iterator[tuple[str, BlobStat]]:
-        """Every blob that is there. Names that vanish meanwhile are passed over."""
+        """Every blob that is there. Names that vanish meanwhile are passed over, and directories that cannot be read.
+
+        What is under a blob's name and is no plain file, or cannot be looked at, has NO_SIZE. Raises OSError when
+        nothing at all can be listed.
+        """
 
     def free_bytes(self) -> tuple[int, int]:
-        """What the file system has free for us, and its size."""
+        """What the file system has free for us, and its size. Raises OSError when the tier is gone or failing."""

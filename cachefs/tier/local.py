@@ -9,15 +9,17 @@ import fcntl
 import os
 import re
 import signal
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cachefs.tier import BlobStat
+from cachefs.tier import NO_SIZE, BlobStat
 
 BLOCK_BYTES = 4096
 """Alignment that O_DIRECT asks of offset, length and memory on every file system that we know."""
 
 _BLOB_NAME = re.compile(r"[0-9a-f]{32}")
+_NO_BLOB = BlobStat(0, 0, NO_SIZE, 0, 0)
 
 
 class LocalTier:
@@ -29,7 +31,8 @@ class LocalTier:
         self.directory = directory
         self.capacity_bytes = capacity_bytes
         self.free_fraction_min = free_fraction_min
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # scan() says what is wrong
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def path(self, name: str) -> Path:
         return self.directory / name[:2] / name
@@ -47,7 +50,7 @@ class LocalTier:
             os.close(fd)
 
     def _open_sized(self, path: Path, size: int, create: bool) -> int:
-        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
         try:
             fd = os.open(path, flags, 0o600)
         except FileNotFoundError:
@@ -57,7 +60,10 @@ class LocalTier:
             fd = os.open(path, flags, 0o600)
         try:
             # INVARIANT: a blob with bytes in it has exactly its object's size (passthrough serves all it has).
-            if os.fstat(fd).st_size != size:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
+                raise FileNotFoundError(f"{path} is no file")
+            if found.st_size != size:
                 if not create:
                     raise FileNotFoundError(f"{path} does not have {size} bytes")
                 os.ftruncate(fd, size)
@@ -87,16 +93,26 @@ class LocalTier:
         return found
 
     def open(self, name: str) -> int:
-        return os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
+        path = self.path(name)
+        # Found without being opened, for opening a FIFO waits for its writer. Then opened plainly by what was found:
+        # the keeper refuses descriptors with O_NOFOLLOW or O_NONBLOCK, which also fails while is_unused() has a lease.
+        found = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(found).st_mode):
+                raise FileNotFoundError(f"{path} is no file")
+            return os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(found)
 
     def stat(self, name: str) -> BlobStat | None:
         try:
-            return blob_stat(os.stat(self.path(name)))
-        except FileNotFoundError:
+            found = os.lstat(self.path(name))
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        return blob_stat(found) if stat.S_ISREG(found.st_mode) else None
 
     def unlink(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.unlink(self.path(name))
 
     def is_unused(self, name: str) -> bool:
@@ -123,14 +139,19 @@ class LocalTier:
         for directory in sorted(os.listdir(self.directory)):
             try:
                 names = sorted(os.listdir(self.directory / directory))
-            except (FileNotFoundError, NotADirectoryError):
+            except OSError:
                 continue
             for name in names:
                 if _BLOB_NAME.fullmatch(name) is None:
                     continue
-                stat = self.stat(name)
-                if stat is not None:
-                    yield name, stat
+                try:
+                    found = os.lstat(self.path(name))
+                except FileNotFoundError:
+                    continue
+                except OSError:
+                    yield name, _NO_BLOB  # an inode that the disk has lost
+                else:
+                    yield name, blob_stat(found) if stat.S_ISREG(found.st_mode) else _NO_BLOB
 
     def free_bytes(self) -> tuple[int, int]:
         found = os.statvfs(self.directory)
@@ -151,7 +172,7 @@ def read_into(fd: int, view: memoryview, offset: int) -> int:
 def _write_direct(path: Path, data: memoryview, offset: int) -> int:
     """How much was written: all of it, or 0 where the file system refuses O_DIRECT."""
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT | os.O_NOFOLLOW)
     except OSError:
         return 0
     try:
