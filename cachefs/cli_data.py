@@ -77,15 +77,12 @@ def describe(error: CachefsError) -> dict[str, Any]:
 
 def _is_coming_up(command: Command, deadline: float) -> bool:
     """Whether no server answers but a keeper lives, which starts one. Raises StateBusy when that takes too long."""
-    from cachefs.launch import is_supervised
+    from cachefs.launch import is_supervised, no_answer
 
     if not is_supervised(command.runtime_dir):
         return False
     if time.monotonic() > deadline:
-        raise StateBusy(
-            f"the server of {command.state_dir} does not answer, and its keeper lives: see "
-            f"{command.state_dir}/log/server.log, or unmount with `cachefs umount --all --lazy`"
-        )
+        raise no_answer(command.state_dir, command.runtime_dir)
     time.sleep(0.05)
     return True
 

@@ -17,7 +17,7 @@ from cachefs import client
 from cachefs.cli_context import Command
 from cachefs.client import RemoteError, ServerGone
 from cachefs.config import MountConfig, ServerConfig, VolumeConfig
-from cachefs.errors import CachefsError, StateBusy, UsageError, WorkFailed
+from cachefs.errors import CachefsError, UsageError, WorkFailed
 from cachefs.kernel.locks import MOUNT_LOCK, ROOT_NAME, remove_runtime_dir
 from cachefs.settings import PARSERS, chosen_server_options, runtime_base
 from cachefs.state import file_lock, make_state_dir, remove_state_dir, state_lock
@@ -188,7 +188,7 @@ def _answer(running: Mapping[str, Any], *, already: bool) -> dict[str, Any]:
 
 def _running(server: ServerConfig) -> dict[str, Any] | None:
     """The server of this state directory, waiting for one that comes up; None when there is none."""
-    from cachefs.launch import is_supervised
+    from cachefs.launch import is_supervised, no_answer
 
     deadline = time.monotonic() + COMING_UP_S
     while True:
@@ -201,10 +201,7 @@ def _running(server: ServerConfig) -> dict[str, Any] | None:
             if not is_supervised(server.runtime_dir):
                 return None
             if time.monotonic() > deadline:
-                raise StateBusy(
-                    f"the server of {server.state_dir} does not answer, and its keeper lives: see "
-                    f"{server.state_dir}/log/server.log, or unmount with `cachefs umount --all --lazy`"
-                ) from None
+                raise no_answer(server.state_dir, server.runtime_dir) from None
             time.sleep(0.05)
         else:
             return found

@@ -77,11 +77,10 @@ def main(arguments: list[str]) -> int:
             log.error("%s", error)
         else:
             log.error("the server failed", exc_info=exc)
-            error = WorkFailed(f"the server failed ({type(error).__name__}): see {server.state_dir}/log/server.log")
-        if link.session.never_served:
-            link.failed(error)
-            return error.exit_code
-        return 1
+            what = str(error) if isinstance(error, OSError) else type(error).__name__
+            error = WorkFailed(f"the server failed ({what}): see {server.state_dir}/log/server.log")
+        link.failed(error)  # a keeper says it where our log cannot be written
+        return error.exit_code if link.session.never_served else 1
     log.info("server %d ends", link.session.generation)
     return 0
 

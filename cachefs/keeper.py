@@ -21,7 +21,7 @@ from cachefs.config import credentials_fd, decode
 from cachefs.errors import CachefsError, StateBusy, UsageError, WorkFailed
 from cachefs.kernel import mounts, wire
 from cachefs.kernel.backing import Backings, trusted_program
-from cachefs.kernel.locks import remove_runtime_dir
+from cachefs.kernel.locks import note_failure, remove_runtime_dir
 from cachefs.kernel.newmount import hold_lock, mount, serving_descriptor, warn_about_timeouts
 from cachefs.kernel.process import how_it_ended, kill, log, open_server_log, peer_credentials, spawn
 from cachefs.kernel.session import (
@@ -205,6 +205,8 @@ class Keeper:
             self._failures += 1
             backoff_s = min(BACKOFF_FAILED_S_MAX, 0.1 * 2 ** min(self._failures, 10))
             self._restart_at_s = time.monotonic() + backoff_s
+            note_failure(self._config.server.runtime_dir, reason)
+            log(f"no server: {reason}")
             log(f"the next server starts in {backoff_s:.1f} s")
 
     def _server_ended(self, server: Server) -> None:
@@ -247,6 +249,7 @@ class Keeper:
         server.ready = True
         server.kill_at_s = math.inf
         self._served = True
+        note_failure(self._config.server.runtime_dir, "")
         log(f"server {server.pid} is ready after {time.monotonic() - server.started_s:.2f} s")
         self._report({"ok": True, "keeper_pid": os.getpid(), "server_pid": server.pid})
         if self._last_python:

@@ -21,7 +21,7 @@ from cachefs.config import (
     write_credentials,
 )
 from cachefs.errors import CachefsError, StateBusy, UsageError, WorkFailed
-from cachefs.kernel.locks import KEEPER_LOCK, is_locked
+from cachefs.kernel.locks import KEEPER_LOCK, failure_of, is_locked
 from cachefs.kernel.mounts import check_mountpoint, recover_dead_mount
 from cachefs.kernel.process import open_server_log
 from cachefs.kernel.session import close_all, packet_pair
@@ -130,6 +130,16 @@ def open_log(state_dir: Path) -> int:
 def is_supervised(runtime_dir: Path) -> bool:
     """Whether a keeper lives that uses this runtime directory (it holds a lock there)."""
     return is_locked(runtime_dir / KEEPER_LOCK)
+
+
+def no_answer(state_dir: Path, runtime_dir: Path) -> StateBusy:
+    """For a command that has waited for the server of a keeper that lives: why there is none, if the keeper knows."""
+    unmount = "or unmount with `cachefs umount --all --lazy`"
+    if reason := failure_of(runtime_dir):
+        return StateBusy(f"no server of {state_dir} comes up: {reason}; mend that, its keeper tries again, {unmount}")
+    return StateBusy(
+        f"the server of {state_dir} does not answer, and its keeper lives: see {state_dir}/log/server.log, {unmount}"
+    )
 
 
 def _wait_for_end(runtime_dir: Path) -> None:

@@ -101,7 +101,8 @@ class KeeperLink:
         self._tell(Message("ready"))
 
     def failed(self, error: CachefsError) -> None:
-        """Say that the first start failed: the keeper unmounts and the waiting command prints the error. Then exit."""
+        """Say why this server fails, then exit. After the first start the keeper unmounts, and the waiting command
+        prints the error; later it notes it for `status`, and tries again."""
         self._tell(Message("failed", text=str(error), exit_code=error.exit_code))
 
     def request_unmount(self) -> None:

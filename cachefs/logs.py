@@ -8,7 +8,9 @@ import os
 import sys
 import unicodedata
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
+
+from cachefs.kernel.process import to_journal
 
 LOG_NAME = "server.log"
 LOG_BYTES_MAX = 10 * 1024 * 1024
@@ -18,7 +20,21 @@ _PLAIN_FIELDS = {*vars(logging.makeLogRecord({})), "message", "asctime"}
 """What every record has; the rest is `extra`."""
 
 
-class StderrRotatingHandler(logging.handlers.RotatingFileHandler):
+class _JournalOtherwise(logging.Handler):
+    """What the log does not take goes to the system's, if it is a warning or worse: its disk is full or failing."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+        elif record.levelno >= logging.WARNING:
+            to_journal(one_line(record.getMessage()))
+
+
+class StderrHandler(_JournalOtherwise, logging.StreamHandler[TextIO]):
+    """Lines on stderr."""
+
+
+class StderrRotatingHandler(_JournalOtherwise, logging.handlers.RotatingFileHandler):
     """Rotates the file that stderr is, too: what a library or a crash prints goes into the newest file."""
 
     def __init__(self, path: Path, *, bytes_max: int = LOG_BYTES_MAX, files: int = LOG_FILES) -> None:
@@ -108,7 +124,7 @@ def _value(value: object) -> str:
 def set_up(state_dir: Path, level: str, form: Literal["text", "json"]) -> None:
     """Log to stderr. In the background (stderr is STATE/log/server.log) rotate that file: 3 files of 10 MiB."""
     path = state_dir / "log" / LOG_NAME
-    handler: logging.Handler = StderrRotatingHandler(path) if _is_stderr(path) else logging.StreamHandler(sys.stderr)
+    handler: logging.Handler = StderrRotatingHandler(path) if _is_stderr(path) else StderrHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)

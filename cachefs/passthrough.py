@@ -6,6 +6,7 @@ id of an earlier server that count may be off by what a kill interrupted, so it 
 has forgotten the inode.
 """
 
+import contextlib
 import logging
 import os
 import secrets
@@ -243,7 +244,8 @@ class Passthrough:
             self.reason = f"the self-check could not be made: {exc.strerror or exc}"
         finally:
             self.check_file = None
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the next check deletes it
+                path.unlink(missing_ok=True)
             if backing_id:
                 await self._link.close_backing(backing_id)
         if self.reason:

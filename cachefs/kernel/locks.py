@@ -19,6 +19,8 @@ MOUNT_LOCK, KEEPER_LOCK = "mount.lock", "keeper.lock"
 ROOT_NAME = "root"
 STATE_LOCK = "lock"
 SOCKET_NAME = "control.sock"
+FAILURE_NAME = "failure"
+FAILURE_BYTES_MAX = 2000
 PAUSE_S = 0.02
 PROBE_S = 0.2
 """`status` looks for microseconds whether keeper.lock is held, a keeper that has let the directory be ends at once."""
@@ -102,6 +104,26 @@ def write_owner(keeper_fd: int, state_dir: str) -> None:
         os.pwrite(keeper_fd, b"%d\n%s\n" % (os.getpid(), os.fsencode(state_dir)), 0)
 
 
+def note_failure(runtime_dir: Path, text: str) -> None:
+    """Why no server comes up, by the keeper, for the commands that wait for one; "" when one has. Never fails."""
+    path = runtime_dir / FAILURE_NAME
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+        if text:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with open(descriptor, "w", errors="replace") as file:
+                file.write(text[:FAILURE_BYTES_MAX])
+
+
+def failure_of(runtime_dir: Path) -> str:
+    """What the keeper has noted."""
+    try:
+        with open(runtime_dir / FAILURE_NAME, errors="replace") as file:
+            return file.read(FAILURE_BYTES_MAX)
+    except OSError:
+        return ""
+
+
 def _owner(keeper_fd: int) -> str:
     """The state directory; empty when no keeper has said it."""
     _, _, rest = os.pread(keeper_fd, 8192, 0).partition(b"\n")
@@ -131,7 +153,7 @@ def remove_runtime_dir(runtime_dir: Path, *, keeper_fd: int = -1, ours: bool = F
             return
         with contextlib.suppress(FileNotFoundError):
             (runtime_dir / ROOT_NAME).rmdir()  # EBUSY while it is mounted: then all stays
-        for name in (SOCKET_NAME, KEEPER_LOCK, MOUNT_LOCK):
+        for name in (SOCKET_NAME, FAILURE_NAME, KEEPER_LOCK, MOUNT_LOCK):
             (runtime_dir / name).unlink(missing_ok=True)
         # From here on others may come: then it is not empty, or they make it again.
         if ours or (state_dir and runtime_dir.name == runtime_name(state_dir)):

@@ -13,6 +13,9 @@ from cachefs.kernel import spawn as spawning
 
 PEERCRED = struct.Struct("=iII")  # struct ucred of socket(7): pid, uid, gid
 
+JOURNAL = "/dev/log"
+"""Where journald or a syslogd listens."""
+
 
 def spawn(command: Sequence[str], *, link: int, stderr: int, stdin: int = -1, credentials: int = -1) -> int:
     """As spawn.spawn(), without the secrets of this environment; `credentials` is a memfd with what it lacks."""
@@ -66,7 +69,20 @@ def log(text: str) -> None:
         sys.stderr.write(line)
         sys.stderr.flush()
     except (OSError, ValueError):
-        return  # a full disk or a closed terminal must not end the keeper
+        to_journal(plain)  # a full disk or a closed terminal must not end the keeper
+
+
+def to_journal(text: str) -> None:
+    """One line for the system's log, where our own cannot be written: its disk is full, read-only or gone.
+
+    Never waits, never fails. RFC 3164, facility daemon, severity error.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            sock.sendto(f"<27>cachefs[{os.getpid()}]: {text[:2000]}".encode(errors="replace"), JOURNAL)
+    except OSError:
+        return  # no such log here, or it is full
 
 
 def open_server_log(state_dir: str | os.PathLike[str], otherwise: int = 2) -> int:

@@ -4,12 +4,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cachefs.config import MIB
+from cachefs.kernel.locks import failure_of
 from tests.mount.cli_support import Cli, cli
 from tests.mount.harness import needs_fuse, wait_for
 
@@ -85,3 +87,48 @@ def test_a_fifo_in_the_place_of_a_blob_hangs_nobody(cli: Cli, source: str) -> No
     os.mkfifo(blob)
     assert (place / "a").read_bytes() == DATA["a"]
     cli.run("umount", place)
+
+
+IMPATIENT = "from cachefs import cli, cli_data, cli_mount; cli_data.BUSY_S = cli_mount.COMING_UP_S = 0.1; cli.main()"
+
+
+def impatient(cli: Cli, *arguments: object) -> str:
+    """What a command says that ends with exit code 2 without waiting for 20 s."""
+    command = [sys.executable, "-P", "-c", IMPATIENT, *map(str, arguments)]
+    done = subprocess.run(command, env=cli.environ, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done
+    return done.stderr
+
+
+def test_why_no_server_comes_up_is_one_line_of_status_and_mount(cli: Cli, source: str) -> None:
+    place = mounted(cli, source)
+    pid = cli.status()["server"]["pid"]
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "cachefs-test", cli.state_dir], check=True)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: "state directory" in failure_of(cli.runtime_dir), "told")
+        for arguments in (["status"], ["mount", source, cli.place("other")]):
+            said = impatient(cli, *arguments)
+            assert failure_of(cli.runtime_dir) in said
+            assert said.count("\n") == 1
+    finally:
+        subprocess.run(["umount", "--lazy", cli.state_dir], check=True)
+    assert (place / "c").read_bytes() == DATA["c"]  # mended: the next server comes
+    assert failure_of(cli.runtime_dir) == ""
+    assert cli.status()["server"]["restarts"] >= 1
+    cli.run("umount", place)
+    assert not list(cli.runtime_dir.iterdir())
+
+
+def test_a_mount_whose_server_cannot_start_is_unmounted(cli: Cli, source: str) -> None:
+    place = mounted(cli, source)
+    pid = cli.status()["server"]["pid"]
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "cachefs-test", cli.state_dir], check=True)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: failure_of(cli.runtime_dir) != "", "told")
+        cli.run("umount", "--all")
+        assert cli.mounts() == [str(cli.state_dir)]
+    finally:
+        subprocess.run(["umount", "--lazy", cli.state_dir], check=True)
+    assert not place.is_mount()

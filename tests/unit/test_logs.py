@@ -1,10 +1,13 @@
 """The server's log: rotated, with stderr following, in both forms."""
 
+import contextlib
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -134,3 +137,39 @@ def test_rotation_keeps_three_files_and_stderr_follows(tmp_path: Path) -> None:
     assert tail[:-1] == [f"line {number}" for number in range(1000 - 149, 1000)]
     assert logs.tail(tmp_path, 2) == ["line 999", "stderr"]
     assert logs.tail(tmp_path / "nowhere", 2) == []
+
+
+FULL_SCRIPT = """
+import logging, sys
+from pathlib import Path
+from cachefs import logs
+from cachefs.kernel import process
+process.JOURNAL = sys.argv[1]
+process.log("the keeper's line")
+logs.set_up(Path("/nowhere"), "info", "text")
+logging.getLogger("cachefs.x").info("not worth it")
+logging.getLogger("cachefs.x").error("the index\\nfails")
+"""
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_what_the_log_does_not_take_goes_to_the_systems(listens: bool) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    # A socket's path has 108 bytes at most, pytest's directories are long.
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal,
+        open("/dev/full", "w") as full,
+    ):
+        if listens:
+            journal.bind(f"{directory}/log")
+        # At its end the interpreter finds that stderr cannot be flushed, which is exit status 120.
+        subprocess.run(
+            [sys.executable, "-c", FULL_SCRIPT, f"{directory}/log"], stderr=full, env=env, check=False, timeout=60
+        )
+        journal.setblocking(False)
+        lines = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                lines.append(journal.recv(4096).decode().partition(": ")[2])
+    assert lines == (["the keeper's line", "the index\\nfails"] if listens else [])
