@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import pytest
 import trio
@@ -14,6 +15,9 @@ from cachefs.metrics import Metrics
 from cachefs.offload import Offload
 from cachefs.snapshot import Listing, Snapshots, Volume
 from tests.support.memory_store import MemoryStore
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 DEADLINE_S = 50.0
 
@@ -82,8 +86,8 @@ def test_directory_is_listed_once_and_then_frozen(bench: Bench) -> None:
         assert (first.frozen_s, first.session) == (1000.0, "one")
         store.put("b.bin", b"new")
         assert await snapshots.freeze(volume, "") is first
-        assert snapshots.peek(volume, "") is first
-        assert snapshots.peek(volume, "sub") is None
+        assert await snapshots.peek(volume, "") is first
+        assert await snapshots.peek(volume, "sub") is None
         assert store.list_count == 1
         file = first.entries[0]
         assert snapshots.object_id(volume, "", file) == store.id_of("a.bin")
@@ -206,9 +210,9 @@ def test_other_credentials_do_not_share_a_listing(bench: Bench) -> None:
 
     async def body(snapshots: Snapshots) -> None:
         await snapshots.freeze(volume_of(store), "")
-        assert snapshots.peek(volume_of(store), "") is not None
-        assert snapshots.peek(volume_of(store, profile="someone"), "") is None
-        assert snapshots.peek(volume_of(store, anonymous=True), "") is None
+        assert await snapshots.peek(volume_of(store), "") is not None
+        assert await snapshots.peek(volume_of(store, profile="someone"), "") is None
+        assert await snapshots.peek(volume_of(store, anonymous=True), "") is None
 
     bench.run(body)
 
@@ -400,6 +404,53 @@ def test_include_and_exclude_filter_what_is_shown_not_what_is_kept(bench: Bench)
         assert store.list_count == 2
         assert snapshots.totals(filtered).objects == 2
         assert snapshots.totals(volume_of(store)).objects == 4
+
+    bench.run(body)
+
+
+class HeldOffload(Offload):
+    """Filters nothing in a thread until `go` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = trio.Event()
+        self.matches = 0
+
+    async def match(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        self.matches += 1
+        await self.go.wait()
+        return await super().match(function, *args, **kwargs)
+
+
+def test_a_long_listing_is_filtered_once_and_in_a_thread(bench: Bench) -> None:
+    store = MemoryStore()
+    store.put_many([f"{number}.bin" for number in range(3000)] + ["m.safetensors", "few/m.bin"])
+    filtered = volume_of(store, include=(*(f"*a?{number}" for number in range(60)), "*.safetensors"))
+    bench.offload = held = HeldOffload()
+
+    async def body(snapshots: Snapshots) -> None:
+        found: list[Listing | None] = []
+
+        async def look(ask: Callable[[Volume, str], Awaitable[Listing | None]]) -> None:
+            found.append(await ask(filtered, ""))
+
+        async with trio.open_nursery() as nursery:
+            for ask in (snapshots.freeze, snapshots.freeze, snapshots.refreeze):
+                nursery.start_soon(look, ask)
+            await until(lambda: held.matches > 0)
+            nursery.start_soon(look, snapshots.peek)
+            assert names(await snapshots.freeze(filtered, "few")) == []  # nobody else waits for it
+            assert len((await snapshots.freeze(volume_of(store), "")).entries) == 3002
+            assert not found
+            held.go.set()
+        shown = await snapshots.freeze(filtered, "")
+        assert names(shown) == ["few", "m.safetensors"]
+        assert [listing and names(listing) for listing in found] == [names(shown)] * 4
+        assert held.matches <= 2  # the first listing, and the one of refreeze()
+        assert await snapshots.peek(filtered, "") is shown
+        assert await snapshots.freeze(filtered, "") is shown
+        assert await snapshots.refreeze(filtered, "") is not shown
+        assert held.matches <= 3
 
     bench.run(body)
 
