@@ -149,6 +149,7 @@ def _mount_locked(
     from cachefs.kernel.mounts import check_mountpoint
 
     as_root = command.uid == 0
+    command.check_owner()
     deadline = time.monotonic() + GONE_S
     while True:
         running = _running(server)
@@ -341,6 +342,8 @@ def umount(command: Command, mountpoint: str | None, *, everything: bool, lazy: 
     """Unmount one place, or all of this state directory; waits for the processes when that was the last."""
     if everything == (mountpoint is not None):
         raise UsageError("give either a mount point or --all")
+    if everything or command.settings.is_set("state_dir"):
+        command.check_owner()
     if mountpoint is not None:
         place = Path(os.path.realpath(mountpoint))
         return _umount_one(command, place, lazy=lazy)

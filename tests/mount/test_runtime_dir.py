@@ -125,3 +125,22 @@ def test_mounts_that_come_while_others_go_all_succeed_and_leave_nothing(cli: Cli
     assert not failures, failures
     assert cli.mounts() == []
     wait_for(lambda: not cli.runtime_dir.exists(), "the runtime directory is gone")
+
+
+def test_one_runtime_directory_does_not_serve_two_state_directories(cli: Cli, source: str) -> None:
+    one, two = cli.place("one"), cli.place("two")
+    cli.environ["CACHEFS_RUNTIME_DIR"] = str(cli.runtime_dir)
+    cli.json("mount", source, one)
+    other = cli.directory / "other"
+    asked = [("mount", source, two), ("umount", "--all"), ("umount", one), ("status",), ("evict", source)]
+    for arguments in asked:
+        said = cli.run(*arguments, "--state-dir", other, code=2).stderr
+        assert f"{cli.state_dir}, not by {other}" in said, said
+    assert cli.mounts() == [str(cli.runtime_dir / "root"), str(one)]
+    assert (one / "a").read_bytes() == b"hello"
+    cli.run("umount", one, "--state-dir", cli.state_dir)
+    cli.json("mount", source, two, "--state-dir", other)  # nobody has it any more
+    assert (two / "a").read_bytes() == b"hello"
+    del cli.environ["CACHEFS_STATE_DIR"]
+    cli.run("umount", two)  # by its name alone
+    assert cli.mounts() == []
