@@ -260,13 +260,18 @@ class Snapshots:
         if volume.filter_cost(directory, listing) > INLINE_MATCH_COST:
             make = functools.partial(self._filter, volume, directory, listing)
             return await self._filters.join((id(volume), id(listing)), make)
-        shown = volume.filtered(directory, listing)
-        volume.remember(directory, listing, shown)
-        return shown
+        return self._remember(volume, directory, listing, volume.filtered(directory, listing))
 
     async def _filter(self, volume: Volume, directory: str, listing: Listing) -> Listing:
-        shown = await self._offload.match(volume.filtered, directory, listing)
-        volume.remember(directory, listing, shown)
+        return self._remember(
+            volume, directory, listing, await self._offload.match(volume.filtered, directory, listing)
+        )
+
+    def _remember(self, volume: Volume, directory: str, listing: Listing, shown: Listing) -> Listing:
+        """Only of the listing that is held now: another may have been frozen while a thread filtered this one."""
+        held = self._memory.get(self._key(volume, directory))
+        if held is not None and held[1] is listing:
+            volume.remember(directory, listing, shown)
         return shown
 
     async def _whole(

@@ -455,6 +455,41 @@ def test_a_long_listing_is_filtered_once_and_in_a_thread(bench: Bench) -> None:
     bench.run(body)
 
 
+class LateOffload(Offload):
+    """Ends the first filter only when `go` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = trio.Event()
+        self.matches = 0
+
+    async def match(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        self.matches += 1
+        late = self.matches == 1
+        result = await super().match(function, *args, **kwargs)
+        if late:
+            await self.go.wait()
+        return result
+
+
+def test_a_filter_of_an_older_listing_that_ends_later_displaces_nothing(bench: Bench) -> None:
+    store = MemoryStore()
+    store.put_many([f"{number}.bin" for number in range(3000)])
+    filtered = volume_of(store, include=tuple(f"*a?{number}" for number in range(60)))
+    bench.offload = late = LateOffload()
+
+    async def body(snapshots: Snapshots) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(snapshots.freeze, filtered, "")
+            await until(lambda: late.matches == 1)
+            newer = await snapshots.refreeze(filtered, "")
+            late.go.set()
+        assert await snapshots.freeze(filtered, "") is newer
+        assert late.matches == 2
+
+    bench.run(body)
+
+
 def test_walk_and_totals_cover_the_whole_volume_also_after_a_restart(bench: Bench) -> None:
     store = MemoryStore({"a": b"1", "d/b": b"22", "d/e/c": b"333", "d/e/d": b"4444"})
     volume = volume_of(store)
