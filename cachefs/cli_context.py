@@ -9,9 +9,11 @@ from typing import Any
 import click
 import msgspec
 
-from cachefs import settings
+from cachefs import client, settings
+from cachefs.client import ServerGone
 from cachefs.config import ServerConfig, VolumeConfig
-from cachefs.errors import UsageError
+from cachefs.errors import StateBusy, UsageError
+from cachefs.kernel.locks import KEEPER_LOCK, is_locked, owner_of
 from cachefs.settings import Settings
 
 
@@ -44,6 +46,27 @@ class Command(msgspec.Struct, frozen=True):
     @property
     def runtime_dir(self) -> Path:
         return settings.runtime_dir(self.settings, self.environ, self.uid)
+
+    def check_owner(self) -> None:
+        """Raises StateBusy when a live session of another state directory has this one's runtime directory.
+
+        By default that is named after the state directory; CACHEFS_RUNTIME_DIR may say the same for several.
+        """
+        owner, ours = owner_of(self.runtime_dir), os.path.realpath(self.state_dir)
+        if owner in ("", ours) or not (is_locked(self.runtime_dir / KEEPER_LOCK) or self._answers()):
+            return
+        raise StateBusy(
+            f"the runtime directory {self.runtime_dir} is in use by the state directory {owner}, not by {ours}: "
+            "give each a runtime directory of its own (CACHEFS_RUNTIME_DIR), or none"
+        )
+
+    def _answers(self) -> bool:
+        """Whether there is a server, maybe one whose keeper has just died."""
+        try:
+            client.call(self.runtime_dir, "ping", timeout_s=5.0)
+        except ServerGone:
+            return False
+        return True
 
     def server_config(self) -> ServerConfig:
         return settings.server_config(self.settings, self.environ, self.uid)

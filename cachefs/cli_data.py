@@ -33,6 +33,8 @@ def work(
     everything = dict(params)
     if source is not None:
         everything["source"] = msgspec.to_builtins(command.source_config(source))
+    if command.settings.is_set("state_dir"):
+        command.check_owner()
     deadline = time.monotonic() + BUSY_S
     while True:
         try:
@@ -117,6 +119,8 @@ def _directly(command: Command, method: str, params: Mapping[str, Any], show: Sh
 
 def status(command: Command) -> dict[str, Any]:
     """The server's status; without a server, what lies in the state directory, with the same keys in `cache`."""
+    if command.settings.is_set("state_dir"):
+        command.check_owner()
     deadline = time.monotonic() + BUSY_S
     while True:
         try:

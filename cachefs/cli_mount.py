@@ -18,13 +18,14 @@ from cachefs.cli_context import Command
 from cachefs.client import RemoteError, ServerGone
 from cachefs.config import MountConfig, ServerConfig, VolumeConfig
 from cachefs.errors import CachefsError, UsageError, WorkFailed
-from cachefs.kernel.locks import MOUNT_LOCK, ROOT_NAME, remove_runtime_dir
+from cachefs.kernel.locks import MOUNT_LOCK, ROOT_NAME, STATE_LOCK, is_locked, remove_runtime_dir
 from cachefs.settings import PARSERS, chosen_server_options, runtime_base
 from cachefs.state import file_lock, make_state_dir, remove_state_dir, state_lock
 
 MOUNT_LOCK_S = 120.0
 COMING_UP_S = 30.0
 """A server that is restarted by its keeper answers within this, or something is wrong."""
+ORPHAN_PROBE_S = 1.0
 GONE_S = 60.0
 LAZY_S = 3.0
 MADE_MAX = 100
@@ -149,9 +150,10 @@ def _mount_locked(
     from cachefs.kernel.mounts import check_mountpoint
 
     as_root = command.uid == 0
+    command.check_owner()
     deadline = time.monotonic() + GONE_S
     while True:
-        running = _running(server)
+        running = _running(server, as_root=as_root, place=place)
         there = ours_at(place)
         if there is None:
             check_mountpoint(place)
@@ -186,7 +188,7 @@ def _answer(running: Mapping[str, Any], *, already: bool) -> dict[str, Any]:
     return {"already": already, "server_pid": running["pid"], "keeper_pid": running["keeper_pid"]}
 
 
-def _running(server: ServerConfig) -> dict[str, Any] | None:
+def _running(server: ServerConfig, *, as_root: bool, place: Path) -> dict[str, Any] | None:
     """The server of this state directory, waiting for one that comes up; None when there is none."""
     from cachefs.launch import is_supervised, no_answer
 
@@ -198,13 +200,30 @@ def _running(server: ServerConfig) -> dict[str, Any] | None:
                 **client.call(server.runtime_dir, "volumes", timeout_s=10.0),
             }
         except ServerGone:
+            late = time.monotonic() > deadline
             if not is_supervised(server.runtime_dir):
-                return None
-            if time.monotonic() > deadline:
+                if late or not _has_orphan(server, as_root=as_root, place=place):
+                    return None
+            elif late:
                 raise no_answer(server.state_dir, server.runtime_dir) from None
             time.sleep(0.05)
         else:
             return found
+
+
+def _has_orphan(server: ServerConfig, *, as_root: bool, place: Path) -> bool:
+    """Whether there is a mount that a server holds alone: its keeper was killed before it was ready.
+
+    Such a server starts another keeper, or ends, as soon as it runs.
+    """
+    from cachefs.kernel.mounts import FSTYPE, find_mount, probe
+
+    root = Path(os.path.realpath(server.runtime_dir)) / ROOT_NAME if as_root else place
+    mount = find_mount(root)
+    if mount is None or mount.fstype != FSTYPE:
+        return False
+    # Not root, it may be another state directory's: only this one's server holds this lock.
+    return (as_root or is_locked(server.state_dir / STATE_LOCK)) and probe(root, ORPHAN_PROBE_S) != "dead"
 
 
 def _name_of(running: Mapping[str, Any], root: str) -> str | None:
@@ -338,6 +357,8 @@ def umount(command: Command, mountpoint: str | None, *, everything: bool, lazy: 
     """Unmount one place, or all of this state directory; waits for the processes when that was the last."""
     if everything == (mountpoint is not None):
         raise UsageError("give either a mount point or --all")
+    if everything or command.settings.is_set("state_dir"):
+        command.check_owner()
     if mountpoint is not None:
         place = Path(os.path.realpath(mountpoint))
         return _umount_one(command, place, lazy=lazy)

@@ -258,7 +258,7 @@ class Core:
 
     async def _probe_unknown(self, source: Source) -> None:
         """A wrong endpoint is told after 4 s, not when the listing's retries are over (60 s)."""
-        if not self.config.offline and self.snapshots.peek(Volume(source.config, source.store), "") is None:
+        if not self.config.offline and not self.snapshots.is_known(Volume(source.config, source.store), ""):
             with contextlib.suppress(NotFound, UsageError):  # one object, or the listing says it too
                 await self.offload.store(source.store.probe)
 

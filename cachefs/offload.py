@@ -11,12 +11,15 @@ T = TypeVar("T")
 
 
 class Offload:
-    """Three limiters: `store` (network), `disk` (local tier), `index` (LMDB writes; LMDB has one writer)."""
+    """Four limiters: `store` (network), `disk` (local tier), `index` (LMDB writes; LMDB has one writer), `match`."""
 
-    def __init__(self, *, store_threads: int = 64, disk_threads: int = 8, index_threads: int = 1) -> None:
+    def __init__(
+        self, *, store_threads: int = 64, disk_threads: int = 8, index_threads: int = 1, match_threads: int = 2
+    ) -> None:
         self._store = trio.CapacityLimiter(store_threads)
         self._disk = trio.CapacityLimiter(disk_threads)
         self._index = trio.CapacityLimiter(index_threads)
+        self._match = trio.CapacityLimiter(match_threads)
 
     async def store(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a store request. Cancelling abandons the wait, not the request: its deadline ends it."""
@@ -32,3 +35,8 @@ class Offload:
         """Run an index transaction that syncs."""
         call = functools.partial(function, *args, **kwargs)
         return await trio.to_thread.run_sync(call, limiter=self._index)
+
+    async def match(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run what only computes, and for long: it shares the processor with the trio thread, but not the loop."""
+        call = functools.partial(function, *args, **kwargs)
+        return await trio.to_thread.run_sync(call, limiter=self._match)

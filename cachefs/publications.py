@@ -189,7 +189,7 @@ class Publications:
 
     async def _look(self, view: View) -> None:
         top = view.store.layout  # the directory that is the source itself
-        if self._core.snapshots.peek_now(view.volume, top) is None:
+        if not await self._core.snapshots.is_frozen(view.volume, top):
             listing = await self._core.snapshots.refreeze(view.volume, top)
             if listing.entries:
                 return

@@ -71,7 +71,7 @@ class Server:
     async def _add(self, config: VolumeConfig, *, probe: bool) -> None:
         store = self._core.open_store(config)
         if probe:
-            known = self._core.snapshots.peek(Volume(config, store), "") is not None
+            known = self._core.snapshots.is_known(Volume(config, store), "")
             if not self._core.config.offline:
                 await self._probe(config, known=known)
             elif not known:

@@ -36,6 +36,9 @@ from cachefs.store import ObjectInfo, Store
 INLINE_DECODE_BYTES = 256 * 1024
 """Larger stored listings (above about 2,000 entries, 2 ms) are decoded in a thread."""
 
+INLINE_MATCH_COST = 50_000
+"""Listings that cost more to filter (about 1 ms) are filtered in a thread."""
+
 SHORT_ENTRIES = 900
 """With more names a directory takes more than one LIST (1,000 keys, of which some are markers)."""
 
@@ -90,6 +93,7 @@ class Volume:
         self.store = store
         self.root_inode = root_inode
         self.globs = Globs(config.include, config.exclude)
+        self._shown: dict[str, tuple[Listing, Listing]] = {}  # directory -> listing, what is shown of it
 
     @functools.cached_property
     def listing_prefix(self) -> bytes:
@@ -99,16 +103,34 @@ class Volume:
             parts.append(self.config.principal)
         return hashlib.blake2b(msgspec.json.encode(parts), digest_size=16).digest()
 
-    def shows(self, directory: str, entry: Entry) -> bool:
-        """Whether include and exclude let this entry of `directory` through."""
-        path = join(directory, entry.key_name)
-        return self.globs.shows_directory(path) if entry.is_directory else self.globs.shows_file(path)
-
-    def filtered(self, directory: str, listing: Listing) -> Listing:
+    def shown(self, directory: str, listing: Listing) -> Listing | None:
+        """What include and exclude let through, where it is known already."""
         if self.globs.shows_all:
             return listing
-        entries = tuple(entry for entry in listing.entries if self.shows(directory, entry))
-        return msgspec.structs.replace(listing, entries=entries)
+        held = self._shown.get(directory)
+        return held[1] if held is not None and held[0] is listing else None
+
+    def filtered(self, directory: str, listing: Listing) -> Listing:
+        """As shown(), found out now. Changes nothing: a thread may call it."""
+        if (known := self.shown(directory, listing)) is not None:
+            return known
+        place, shows = self.globs.inside(directory), self.globs.shows
+        entries = tuple(
+            entry for entry in listing.entries if shows(place, entry.key_name, is_directory=entry.is_directory)
+        )
+        return listing if len(entries) == len(listing.entries) else msgspec.structs.replace(listing, entries=entries)
+
+    def filter_cost(self, directory: str, listing: Listing) -> int:
+        """How long filtered() takes, in about 25 ns."""
+        return self.globs.cost * (len(listing.entries) + directory.count("/") + 1)
+
+    def remember(self, directory: str, listing: Listing, shown: Listing) -> None:
+        """What filtered() has found, for shown(); until another listing of that directory is."""
+        self._shown[directory] = (listing, shown)
+
+    def forget_shown(self) -> None:
+        """Let go of all listings."""
+        self._shown.clear()
 
 
 class Totals(msgspec.Struct, frozen=True):
@@ -205,6 +227,7 @@ class Snapshots:
         self._list_deadline_s = list_deadline_s
         self._backoff_s = backoff_s
         self._flights: Flights[bytes, Listing] = Flights()
+        self._filters: Flights[tuple[int, int], Listing] = Flights()  # of a volume and a listing, which they keep alive
         self._memory: dict[bytes, tuple[str, Listing]] = {}  # key -> directory, unfiltered listing
         self._stale_until: dict[bytes, float] = {}  # listing_prefix -> trio time
         self._decoder = msgspec.msgpack.Decoder(_Stored)
@@ -213,7 +236,9 @@ class Snapshots:
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """The task that owns all listing in flight; ends when cancelled."""
-        await self._flights.run(task_status)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._filters.run)
+            await self._flights.run(task_status)
 
     async def freeze(self, volume: Volume, directory: str) -> Listing:
         """The frozen listing of a directory (`""` is the root); never waits once it is in memory.
@@ -224,9 +249,30 @@ class Snapshots:
         key = self._key(volume, directory)
         held = self._memory.get(key)
         if held is not None:
-            return volume.filtered(directory, held[1])
+            return await self._filtered(volume, directory, held[1])
         listing = await self._whole(self._flights.join, key, functools.partial(self._load, key, volume, directory))
-        return volume.filtered(directory, listing)
+        return await self._filtered(volume, directory, listing)
+
+    async def _filtered(self, volume: Volume, directory: str, listing: Listing) -> Listing:
+        """What the volume shows of a listing; once for both. In a thread where others would have to wait for it."""
+        if (known := volume.shown(directory, listing)) is not None:
+            return known
+        if volume.filter_cost(directory, listing) > INLINE_MATCH_COST:
+            make = functools.partial(self._filter, volume, directory, listing)
+            return await self._filters.join((id(volume), id(listing)), make)
+        return self._remember(volume, directory, listing, volume.filtered(directory, listing))
+
+    async def _filter(self, volume: Volume, directory: str, listing: Listing) -> Listing:
+        return self._remember(
+            volume, directory, listing, await self._offload.match(volume.filtered, directory, listing)
+        )
+
+    def _remember(self, volume: Volume, directory: str, listing: Listing, shown: Listing) -> Listing:
+        """Only of the listing that is held now: another may have been frozen while a thread filtered this one."""
+        held = self._memory.get(self._key(volume, directory))
+        if held is not None and held[1] is listing:
+            volume.remember(directory, listing, shown)
+        return shown
 
     async def _whole(
         self,
@@ -248,7 +294,7 @@ class Snapshots:
             )
         except _TooLongError:
             return None
-        return volume.filtered(directory, listing)
+        return await self._filtered(volume, directory, listing)
 
     async def refreeze(self, volume: Volume, directory: str) -> Listing:
         """List again now, whatever is known: for a directory that has been seen to have changed.
@@ -259,29 +305,27 @@ class Snapshots:
             raise Offline(f"{join(volume.store.url, directory)} cannot be listed again offline")
         key = self._key(volume, directory)
         make = functools.partial(self._list, key, volume, directory)
-        return volume.filtered(directory, await self._whole(self._flights.join_later, key, make))
+        return await self._filtered(volume, directory, await self._whole(self._flights.join_later, key, make))
 
-    def peek(self, volume: Volume, directory: str) -> Listing | None:
+    async def peek(self, volume: Volume, directory: str) -> Listing | None:
         """What memory or else the index (of any session) knows; never asks the store."""
         key = self._key(volume, directory)
         held = self._memory.get(key)
-        if held is not None:
-            return volume.filtered(directory, held[1])
-        stored = self._index.get(Table.LISTINGS, key)
-        return None if stored is None else volume.filtered(directory, _as_listing(self._decoder.decode(stored)))
+        listing = held[1] if held is not None else await self._stored(key)
+        return None if listing is None else await self._filtered(volume, directory, listing)
 
-    def peek_now(self, volume: Volume, directory: str) -> Listing | None:
-        """What this session has frozen; never asks the store."""
+    def is_known(self, volume: Volume, directory: str) -> bool:
+        """Whether peek() knows something."""
         key = self._key(volume, directory)
-        held = self._memory.get(key)
-        if held is None:
-            stored = self._index.get(Table.LISTINGS, key)
-            listing = None if stored is None else _as_listing(self._decoder.decode(stored))
-            if listing is None or listing.session != self._session:
-                return None
-        else:
-            listing = held[1]
-        return volume.filtered(directory, listing)
+        return key in self._memory or self._index.get(Table.LISTINGS, key) is not None
+
+    async def is_frozen(self, volume: Volume, directory: str) -> bool:
+        """Whether this session has frozen it; never asks the store."""
+        key = self._key(volume, directory)
+        if key in self._memory:
+            return True
+        stored = await self._stored(key)
+        return stored is not None and stored.session == self._session
 
     def is_stale(self, volume: Volume) -> bool:
         """Whether a directory of the volume is shown from a listing of an earlier session."""
@@ -334,6 +378,7 @@ class Snapshots:
 
     def forget(self, volume: Volume) -> None:
         """Drop the volume's listings from memory (not from the index): the next look is as after a restart."""
+        volume.forget_shown()
         for key in [key for key in self._memory if key.startswith(volume.listing_prefix)]:
             del self._memory[key]
 
@@ -455,6 +500,7 @@ class Snapshots:
 
     def check_invariants(self) -> None:
         self._flights.check_invariants()
+        self._filters.check_invariants()
         for directory, listing in self._memory.values():
             names = [entry.name for entry in listing.entries]
             # INVARIANT: names are sorted, so readdir's offsets mean the same in every server; and unique.

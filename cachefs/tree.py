@@ -303,7 +303,7 @@ class Tree:
         """Give numbers to the newest listing of a directory, then show it; and which shown names changed."""
         async with self._numbering:
             # Another flight may have frozen a newer listing than the one that the caller waited for.
-            listing = self._snapshots.peek(volume, node.path) or listing
+            listing = await self._snapshots.peek(volume, node.path) or listing
             old = self._directories.get(node.inode)
             gone = [] if old is None else _gone_files(old.listing, listing)
             directory = await self._offload.index(self._assign, volume, node.path, listing, gone)

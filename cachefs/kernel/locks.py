@@ -130,6 +130,20 @@ def _owner(keeper_fd: int) -> str:
     return os.fsdecode(rest[:-1]) if rest.endswith(b"\n") else ""
 
 
+def owner_of(runtime_dir: Path) -> str:
+    """The real path of the state directory whose keeper was the last one there; empty when nobody has said it."""
+    try:
+        descriptor = os.open(runtime_dir / KEEPER_LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        return _owner(descriptor)
+    except OSError:
+        return ""
+    finally:
+        os.close(descriptor)
+
+
 def remove_runtime_dir(runtime_dir: Path, *, keeper_fd: int = -1, ours: bool = False) -> None:
     """Remove what a session left there, and the directory; nothing at all while anybody uses it. Never fails.
 

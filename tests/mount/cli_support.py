@@ -82,6 +82,10 @@ class Cli:
         ours = (str(self.directory) + "/", str(self.runtime_dir) + "/")
         return [place for place in places if place.startswith(ours)]
 
+    def watch(self, *pids: int) -> None:
+        """Of a mount that was not made by json(): close() ends them."""
+        self._pids |= set(pids)
+
     def wait_gone(self, *pids: int) -> None:
         wait_for(lambda: not any(map(alive, pids)), f"processes {pids} end")
 

@@ -1,18 +1,21 @@
 """The runtime directory, which the command line names after the state directory: it goes with the last session."""
 
+import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cachefs.kernel.locks import STATE_LOCK, is_locked, runtime_name
+from cachefs.kernel.locks import KEEPER_LOCK, STATE_LOCK, is_locked, runtime_name
 from cachefs.settings import runtime_base
 from tests.mount.cli_support import Cli
 from tests.mount.harness import needs_fuse, wait_for
+from tests.support.lying import LyingServer
 
 pytestmark = needs_fuse
 
@@ -124,4 +127,55 @@ def test_mounts_that_come_while_others_go_all_succeed_and_leave_nothing(cli: Cli
         thread.join()
     assert not failures, failures
     assert cli.mounts() == []
+    wait_for(lambda: not cli.runtime_dir.exists(), "the runtime directory is gone")
+
+
+def test_one_runtime_directory_does_not_serve_two_state_directories(cli: Cli, source: str) -> None:
+    one, two = cli.place("one"), cli.place("two")
+    cli.environ["CACHEFS_RUNTIME_DIR"] = str(cli.runtime_dir)
+    cli.json("mount", source, one)
+    other = cli.directory / "other"
+    asked = [("mount", source, two), ("umount", "--all"), ("umount", one), ("status",), ("evict", source)]
+    for arguments in asked:
+        said = cli.run(*arguments, "--state-dir", other, code=2).stderr
+        assert f"{cli.state_dir}, not by {other}" in said, said
+    assert cli.mounts() == [str(cli.runtime_dir / "root"), str(one)]
+    assert (one / "a").read_bytes() == b"hello"
+    cli.run("umount", one, "--state-dir", cli.state_dir)
+    cli.json("mount", source, two, "--state-dir", other)  # nobody has it any more
+    assert (two / "a").read_bytes() == b"hello"
+    del cli.environ["CACHEFS_STATE_DIR"]
+    cli.run("umount", two)  # by its name alone
+    assert cli.mounts() == []
+
+
+def has_probe(pid: int) -> bool:
+    """Whether a command is looking now whether a mount answers."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    with contextlib.suppress(OSError):  # one has just ended
+        return any(b"statvfs" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
+    return False
+
+
+def test_a_mount_waits_for_a_server_whose_keeper_was_killed_in_mid_mount(cli: Cli, origin: LyingServer) -> None:
+    origin.put("models", "m/a", b"hello")
+    origin.lie("hang", operation="LIST", times=100)
+    place = cli.place()
+    arguments = ["mount", "s3://models/m", str(place), "--endpoint-url", origin.endpoint_url]
+    command = [sys.executable, "-P", "-m", "cachefs.cli", *arguments]
+    first = subprocess.Popen(command, env=cli.environ, cwd=cli.directory)
+    origin.wait_waiting(1)
+    keeper = int((cli.runtime_dir / KEEPER_LOCK).read_text().split()[0])
+    server = int((cli.state_dir / STATE_LOCK).read_text())
+    cli.watch(keeper, server)
+    os.kill(server, signal.SIGSTOP)
+    os.kill(keeper, signal.SIGKILL)
+    assert first.wait(60) == 1
+    second = subprocess.Popen(command, env=cli.environ, cwd=cli.directory)
+    wait_for(lambda: second.poll() is not None or has_probe(second.pid), "the second has met the mount")
+    os.kill(server, signal.SIGCONT)
+    origin.tell_the_truth()
+    assert second.wait(120) == 0
+    assert (place / "a").read_bytes() == b"hello"
+    cli.run("umount", place)
     wait_for(lambda: not cli.runtime_dir.exists(), "the runtime directory is gone")

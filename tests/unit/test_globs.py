@@ -1,6 +1,8 @@
 """Include and exclude patterns."""
 
 import time
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 import pytest
 from hypothesis import given
@@ -47,6 +49,15 @@ from cachefs.globs import Globs
         ("[]]", "]", True),
         ("a^b+(c)", "a^b+(c)", True),
         ("[^a]", "^", True),
+        ("[a-]", "-", True),
+        ("[]-a]", "_", True),
+        ("[!]-a]", "]", False),
+        ("[a-ce-g]", "d", False),
+        ("[!a-cb-d]", "e", True),
+        ("[é-ü]x", "öx", True),
+        ("[!é-ü]x", "öx", False),
+        ("?", "\U0010ffff", True),
+        ("a*?b*", "a\nb", True),
         ("A*", "abc", False),
         ("*", "line\nbreak", True),
     ],
@@ -131,3 +142,71 @@ def test_a_shown_file_has_shown_directories(pattern: str, path: str) -> None:
         if globs.shows_file(path):
             parents = path.split("/")[:-1]
             assert all(globs.shows_directory("/".join(parents[: n + 1])) for n in range(len(parents)))
+
+
+def test_no_pattern_makes_a_name_cost_more_than_its_length() -> None:
+    # Each stays alive to the end of the name, or fails at the last character of a long tail.
+    globs = Globs(exclude=["*" + "[ab]" * 1000 + f"c{number}" for number in range(10)])
+    started_s = time.process_time()
+    for _ in range(60):
+        assert globs.shows_file("a" * 20_000)
+    assert time.process_time() - started_s < 15  # over 25 s when each place of a name is tried
+
+
+def _fits(segments: Sequence[str], parts: Sequence[str]) -> bool:
+    """The reference: whether all segments match all parts."""
+    if not segments:
+        return not parts
+    if segments[0] == "**":
+        if len(segments) == 1:
+            return bool(parts)
+        return _fits(segments[1:], parts) or (bool(parts) and _fits(segments, parts[1:]))
+    return bool(parts) and fnmatchcase(parts[0], segments[0]) and _fits(segments[1:], parts[1:])
+
+
+def _may_fit(segments: Sequence[str], parts: Sequence[str]) -> bool:
+    """The reference: whether more parts could be matched by what is left of the segments."""
+    if not segments or not parts:
+        return bool(segments)
+    if segments[0] == "**":
+        return _may_fit(segments[1:], parts) or _may_fit(segments, parts[1:])
+    return fnmatchcase(parts[0], segments[0]) and _may_fit(segments[1:], parts[1:])
+
+
+def _split(pattern: str) -> list[str]:
+    segments = pattern.strip("/").split("/")
+    return ["**", *segments] if len(segments) == 1 and not pattern.startswith("/") else segments
+
+
+def _matches(pattern: str, path: str, *, is_directory: bool) -> bool:
+    parts = path.split("/")
+    ends = [end for end in range(1, len(parts) + 1) if _fits(_split(pattern), parts[:end])]
+    return any(is_directory or not pattern.endswith("/") or end < len(parts) for end in ends)
+
+
+def _leads(pattern: str, path: str) -> bool:
+    return _matches(pattern, path, is_directory=True) or _may_fit(_split(pattern), path.split("/"))
+
+
+_patterns = st.builds(
+    "{}{}{}".format,
+    st.sampled_from(["", "", "/"]),
+    st.lists(
+        st.one_of(st.sampled_from(["**", "*", "a", "b"]), st.text("ab^*?[]!", min_size=1, max_size=6)),
+        min_size=1,
+        max_size=4,
+    ).map("/".join),
+    st.sampled_from(["", "", "/"]),
+)
+_names = st.lists(st.text("ab^[", min_size=1, max_size=5), min_size=1, max_size=5).map("/".join)
+
+
+@given(st.lists(_patterns, max_size=3), st.lists(_patterns, max_size=3), _names)
+def test_all_patterns_together_are_as_each_by_itself(include: list[str], exclude: list[str], path: str) -> None:
+    globs = Globs(include, exclude)
+    excluded = any(_matches(pattern, path, is_directory=False) for pattern in exclude)
+    included = not include or any(_matches(pattern, path, is_directory=False) for pattern in include)
+    assert globs.shows_file(path) is (included and not excluded)
+    excluded = any(_matches(pattern, path, is_directory=True) for pattern in exclude)
+    included = not include or any(_leads(pattern, path) for pattern in include)
+    assert globs.shows_directory(path) is (included and not excluded)

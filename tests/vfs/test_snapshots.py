@@ -82,8 +82,8 @@ def test_directory_is_listed_once_and_then_frozen(bench: Bench) -> None:
         assert (first.frozen_s, first.session) == (1000.0, "one")
         store.put("b.bin", b"new")
         assert await snapshots.freeze(volume, "") is first
-        assert snapshots.peek(volume, "") is first
-        assert snapshots.peek(volume, "sub") is None
+        assert await snapshots.peek(volume, "") is first
+        assert await snapshots.peek(volume, "sub") is None
         assert store.list_count == 1
         file = first.entries[0]
         assert snapshots.object_id(volume, "", file) == store.id_of("a.bin")
@@ -206,9 +206,9 @@ def test_other_credentials_do_not_share_a_listing(bench: Bench) -> None:
 
     async def body(snapshots: Snapshots) -> None:
         await snapshots.freeze(volume_of(store), "")
-        assert snapshots.peek(volume_of(store), "") is not None
-        assert snapshots.peek(volume_of(store, profile="someone"), "") is None
-        assert snapshots.peek(volume_of(store, anonymous=True), "") is None
+        assert await snapshots.peek(volume_of(store), "") is not None
+        assert await snapshots.peek(volume_of(store, profile="someone"), "") is None
+        assert await snapshots.peek(volume_of(store, anonymous=True), "") is None
 
     bench.run(body)
 
