@@ -6,39 +6,43 @@ await nursery.start(cache.run)
 data = await cache.read(store, object_id, offset, length)
 """
 
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import NoReturn
 
 import msgspec
 import trio
 
 from cachefs import chunk, recovery
 from cachefs.blobs import ABSENT, CHECKED, COMMITTED, WRITTEN, Blobs, CachedObject
-from cachefs.buffers import BUFFERS, BufferPool
+from cachefs.buffers import BUFFERS, Buffer, BufferPool
 from cachefs.cached import EvictReport, GcReport, ObjectRecord, Pin, Usage, VerifyReport
 from cachefs.chunk import ChunkSpan, ObjectId
 from cachefs.committer import TOUCH_SECONDS, Committer
 from cachefs.config import ServerConfig
-from cachefs.errors import CachefsError, NoSpace, StoreTimeout, StoreUnavailable
+from cachefs.errors import NoSpace, StoreUnavailable
 from cachefs.fetch import Fills
 from cachefs.fill import Fill, Phase, Want
 from cachefs.index import Index, Table, Write
 from cachefs.metrics import Metrics
 from cachefs.offload import Offload
+from cachefs.patience import Patience
 from cachefs.sealing import Sealing
 from cachefs.space import Space
 from cachefs.store import Store
 from cachefs.tier import Tier
 
-RETRY_SECONDS_MIN = 0.2
-RETRY_SECONDS_MAX = 5.0
 DRAIN_SECONDS = 5.0
-JOINED_BYTES = chunk.MIB
-JOINED_MAX = 4
-"""Kept memory for READs over the border of two chunks, one in eight. With fresh memory for each of them, page faults
-and copies were a quarter of the server's processor time."""
+PIECE_BYTES = chunk.MIB  # the kernel never asks for more per READ (256 pages)
+JOIN_PIECES = 16
+"""Kept memory for READs over the border of two chunks, one in eight. Fresh memory for each of them was a quarter of the
+server's processor time in page faults and copies, and without a bound 240 MiB with 300 readers: a READ has its piece
+while it waits for its chunks. A source gets 12, for 24 chunks: as many as are asked for at a time."""
+
+DISK_PIECES = 8
+"""For spans that a thread reads from the blob, one per thread. As fresh bytes they left 20 to 60 MiB to malloc."""
+
+LOCAL = ""
+"""Has the pieces of READs whose chunks are all local; no source's identity."""
 
 
 class ChunkCache:
@@ -60,7 +64,9 @@ class ChunkCache:
         self.on_sealed: Callable[[ObjectId], None] = lambda object_id: None
         self.on_read: Callable[[bool, int], None] = lambda hit, count: None
         """Told of every span served: whether it was local, and its bytes. Bytes of the store count once as a miss."""
-        self._joined: list[bytearray] = []
+        self._join_pieces = BufferPool(PIECE_BYTES, JOIN_PIECES)
+        self._disk_pieces = BufferPool(PIECE_BYTES, DISK_PIECES)
+        self._joined = memoryview(bytearray(PIECE_BYTES))
         self._index = index
         self._offload = offload
         self._metrics = metrics
@@ -143,25 +149,55 @@ class ChunkCache:
         if not spans:
             return b""
         if len(spans) == 1:
-            return await self._read_span(store, object_id, spans[0])
-        cached = self._blobs.use(object_id)
-        for span in spans:
-            if cached.states[span.index] == ABSENT and span.index not in cached.fills:
-                self._fills.start(store, cached, span.index, Want.DEMAND)
-        joined = self._joined.pop() if self._joined else bytearray(JOINED_BYTES)
-        if length > len(joined):
-            joined = bytearray(length)
-        view, filled = memoryview(joined), 0
-        for span in spans:
-            part = await self._read_span(store, object_id, span)
-            view[filled : filled + len(part)] = part
-            filled += len(part)
-        if len(self._joined) < JOINED_MAX:
-            self._joined.append(joined)  # nobody takes it before the caller's next await
-        return view[:filled]
+            return await self._read_span(store, object_id, spans[0], Patience(self._config))
+        return self._join_now(object_id, spans) or await self._join(store, object_id, spans)
 
-    async def _read_span(self, store: Store, object_id: ObjectId, span: ChunkSpan) -> bytes | memoryview:
-        patience = _Patience(self._config)
+    def _join_now(self, object_id: ObjectId, spans: list[ChunkSpan]) -> memoryview | None:
+        """The bytes if buffers have them all: with nothing to wait for, one piece of memory is enough for everybody."""
+        cached = self._blobs.use(object_id)
+        ready = [
+            (fill, span) for span in spans if (fill := cached.fills.get(span.index)) is not None and fill.has(span)
+        ]
+        if len(ready) < len(spans) or sum(span.length for span in spans) > PIECE_BYTES:
+            return None
+        filled = 0
+        for fill, span in ready:
+            self._joined[filled : filled + span.length] = self._take(fill, span)
+            filled += span.length
+        for fill, _ in ready:  # only now: the pool may give the next one's buffer away
+            self._fills.settle(fill, cached)
+        return self._joined[:filled]
+
+    async def _join(self, store: Store, object_id: ObjectId, spans: list[ChunkSpan]) -> memoryview:
+        """The bytes in a piece of memory. Until there is one for us, no chunk is asked for."""
+        patience = Patience(self._config)
+        states = self._blobs.use(object_id).states
+        owner = LOCAL if all(states[span.index] != ABSENT for span in spans) else object_id.source
+        piece: Buffer | None = None
+        with patience.limit():
+            piece = await self._join_pieces.take(owner, Want.DEMAND)
+        if piece is None:
+            patience.give_up(StoreUnavailable(f"{object_id.path}: too many reads wait for the same source"))
+        try:
+            length, filled = sum(span.length for span in spans), 0
+            view = piece.view if length <= PIECE_BYTES else memoryview(bytearray(length))
+            cached = self._blobs.use(object_id)
+            for span in spans:
+                if cached.states[span.index] == ABSENT and span.index not in cached.fills:
+                    self._fills.start(store, cached, span.index, Want.DEMAND)
+            for span in spans:
+                if owner == LOCAL and cached.states[span.index] == ABSENT:  # it was evicted meanwhile
+                    owner = object_id.source
+                    self._join_pieces.charge(piece, owner)
+                view[filled : filled + span.length] = await self._read_span(store, object_id, span, patience)
+                filled += span.length
+            return view[:filled]
+        finally:
+            self._join_pieces.give_back(piece)  # whoever gets it runs after the caller's next await
+
+    async def _read_span(
+        self, store: Store, object_id: ObjectId, span: ChunkSpan, patience: Patience
+    ) -> bytes | memoryview:
         while True:
             cached = self._blobs.use(object_id)
             fill = cached.fills.get(span.index)
@@ -208,17 +244,25 @@ class ChunkCache:
         found = self._blobs.files.read_now(cached.name, offset, span.length)
         if found is not None:
             return found
-        generation = cached.generation
-        data = await self._fills.read_span(cached, offset, span.length)
-        if cached.generation != generation or cached.states[span.index] not in (CHECKED, WRITTEN):
-            return None
-        if data is None:
-            # Short or failing: whatever is wrong with the blob, the bytes are fetched again.
-            await self._committer.wait(cached, span.index)
-            await self._space.drop_chunk(cached, span.index)
-        return data
+        piece = await self._disk_pieces.take(None, Want.LOAD)
+        try:
+            view = piece.view[: span.length] if span.length <= PIECE_BYTES else memoryview(bytearray(span.length))
+            if cached.states[span.index] not in (CHECKED, WRITTEN):
+                return None
+            generation = cached.generation
+            complete = await self._fills.read_span(cached, offset, view)
+            if cached.generation != generation or cached.states[span.index] not in (CHECKED, WRITTEN):
+                return None
+        finally:
+            self._disk_pieces.give_back(piece)  # whoever gets it runs after the caller's next await
+        if complete:
+            return view
+        # Short or failing: whatever is wrong with the blob, the bytes are fetched again.
+        await self._committer.wait(cached, span.index)
+        await self._space.drop_chunk(cached, span.index)
+        return None
 
-    async def _retry_or_raise(self, fill: Fill, patience: "_Patience") -> None:
+    async def _retry_or_raise(self, fill: Fill, patience: Patience) -> None:
         """The fill did not give the bytes: raise its error, or wait before the next try."""
         if patience.over:
             exc = fill.error or StoreUnavailable(f"{fill.object_id.path}: no answer")
@@ -252,7 +296,7 @@ class ChunkCache:
 
     async def ensure(self, store: Store, object_id: ObjectId, index: int) -> None:
         """Wait until a chunk is local and its record committed. Raises as read() does, and NoSpace."""
-        patience = _Patience(self._config)
+        patience = Patience(self._config)
         while True:
             cached = self._blobs.use(object_id)
             if cached.states[index] in (COMMITTED, CHECKED):
@@ -312,7 +356,7 @@ class ChunkCache:
 
         What comes from the blob is not checked against its digest.
         """
-        parts: list[bytes] = []
+        parts: list[bytes | bytearray] = []
         for span in chunk.chunk_spans(object_id.size, 0, length):
             cached = self._blobs.find(object_id)
             if cached is None or not _is_here(cached, span):
@@ -322,8 +366,9 @@ class ChunkCache:
                 parts.append(bytes(fill.buffer.view[span.start : span.stop]))
                 continue
             generation = cached.generation
-            data = await self._fills.read_span(cached, chunk.chunk_offset(span.index) + span.start, span.length)
-            if data is None or cached.generation != generation:
+            data = bytearray(span.length)
+            offset = chunk.chunk_offset(span.index) + span.start
+            if not await self._fills.read_span(cached, offset, memoryview(data)) or cached.generation != generation:
                 return None
             parts.append(data)
         return b"".join(parts)
@@ -450,6 +495,8 @@ class ChunkCache:
         """Assert what must hold between any two steps; for tests."""
         self._blobs.check_invariants()
         self._fills.pool.check_invariants()
+        self._join_pieces.check_invariants()
+        self._disk_pieces.check_invariants()
         for cached in self._blobs:
             for index, fill in cached.fills.items():
                 assert fill.index == index
@@ -465,33 +512,3 @@ def _is_here(cached: CachedObject, span: ChunkSpan) -> bool:
     """In a buffer or in the blob."""
     fill = cached.fills.get(span.index)
     return cached.states[span.index] != ABSENT or (fill is not None and fill.has(span))
-
-
-class _Patience:
-    """How long one reader waits: until `read_timeout_s` from its start (0: for ever), with growing pauses."""
-
-    def __init__(self, config: ServerConfig) -> None:
-        self._seconds = config.read_timeout_s
-        self._deadline_s = trio.current_time() + self._seconds if self._seconds else float("inf")
-        self._pause_s = RETRY_SECONDS_MIN
-
-    def limit(self) -> trio.CancelScope:
-        return trio.CancelScope(deadline=self._deadline_s)
-
-    @property
-    def over(self) -> bool:
-        return trio.current_time() >= self._deadline_s
-
-    def give_up(self, exc: CachefsError) -> NoReturn:
-        if isinstance(exc, StoreUnavailable):
-            raise StoreTimeout(f"no answer from the store for {self._seconds:g} s: {exc}") from exc
-        raise type(exc)(*exc.args) from exc
-
-    async def pause(self, answered: trio.Event, exc: CachefsError) -> None:
-        """Wait a moment, less when the source answers somebody. Raises StoreTimeout at the deadline."""
-        wake_s = trio.current_time() + self._pause_s * random.uniform(0.5, 1.0)
-        self._pause_s = min(self._pause_s * 2, RETRY_SECONDS_MAX)
-        with trio.CancelScope(deadline=min(wake_s, self._deadline_s)):
-            await answered.wait()
-        if self.over:
-            self.give_up(exc)

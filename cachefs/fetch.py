@@ -1,9 +1,9 @@
 """Runs fills: a buffer, the bytes (from the store, or from the blob to be checked), the digest, the write."""
 
 import logging
-import os
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import trio
 import xxhash
@@ -24,6 +24,7 @@ from cachefs.tier import BlobStat, Tier
 from cachefs.tier.local import read_into
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SPLIT_BYTES_MIN = 2 * chunk.MIB
 """A reader who starts so far into the last chunk came for the end of the object (an index, a footer). It would wait
@@ -299,12 +300,11 @@ class Fills:
         """Fill `view` from the blob in a thread; the digest of what was read, None if it was short or failed."""
         return await self._in_blob(cached, lambda fd: _read_and_digest(fd, offset, view))
 
-    async def read_span(self, cached: CachedObject, offset: int, length: int) -> bytes | None:
-        """Bytes of the blob, read in a thread; None if there are fewer or the disk fails."""
-        data = await self._in_blob(cached, lambda fd: os.pread(fd, length, offset))
-        return data if data is not None and len(data) == length else None
+    async def read_span(self, cached: CachedObject, offset: int, view: memoryview) -> bool:
+        """Fill `view` from the blob in a thread; False if there are fewer bytes or the disk fails."""
+        return await self._in_blob(cached, lambda fd: read_into(fd, view, offset)) == len(view)
 
-    async def _in_blob(self, cached: CachedObject, read: Callable[[int], bytes | None]) -> bytes | None:
+    async def _in_blob(self, cached: CachedObject, read: Callable[[int], T]) -> T | None:
         """`read` with a descriptor of the blob, in a thread; None if there is no blob or the disk fails."""
         try:
             blob = self._blobs.files.acquire(cached.name)
