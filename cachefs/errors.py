@@ -7,6 +7,11 @@ turns it into an exit code. A message is one line that says what to do.
 import errno
 
 
+def printable(text: str) -> str:
+    """Without control characters: stores send line ends, and escape sequences for the terminal, in keys and headers."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 class CachefsError(Exception):
     """The root of the tree. `errno` is what a FUSE request is answered with, `exit_code` how a command ends."""
 

@@ -2,21 +2,19 @@
 
 import ipaddress
 import os
-import re
 import socket
 from urllib.parse import urlsplit
 
 from cachefs.config import NodeConfig
 from cachefs.errors import UsageError
 from cachefs.store import _aws as aws
-from cachefs.store._s3 import Location, aws_endpoint, parse_location
+from cachefs.store._s3 import REGION, Location, aws_endpoint, parse_location
 from cachefs.store.open import ca_file
 
 METADATA_NAMES = frozenset({"metadata", "metadata.google.internal", "instance-data", "instance-data.ec2.internal"})
 METADATA_ADDRESSES = frozenset({ipaddress.ip_address("fd00:ec2::254"), ipaddress.ip_address("168.63.129.16")})
 PARTITIONS_APART = ("cn-", "us-gov-", "us-iso", "eu-isoe-", "eusc-")
 """How the regions of AWS begin that are not of its public partition."""
-REGION = re.compile(r"[a-z0-9-]{1,64}")
 
 
 def volume_location(
@@ -29,7 +27,7 @@ def volume_location(
     if any(ord(character) < 32 for character in source):
         raise UsageError("a source has no control characters")
     if region is not None and REGION.fullmatch(region) is None:
-        raise UsageError("region: letters, digits and dashes")
+        raise UsageError("region: at most 63 small letters, digits and dashes")
     endpoint = None
     if endpoint_url is not None:
         endpoint = allowed_endpoint(endpoint_url, node.allow_endpoints)

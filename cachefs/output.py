@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from cachefs.errors import printable as printable
+
 PLAIN_INTERVAL_S = 2.0
 Show = Callable[[dict[str, Any]], None]
 
@@ -20,7 +22,7 @@ def document(value: Any) -> None:
 
 def complain(error: Exception) -> None:
     """One line on stderr."""
-    click.echo(f"cachefs: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+    click.echo(f"cachefs: {printable(' '.join(str(error).split())) or type(error).__name__}", err=True)
 
 
 def human_bytes(count: float) -> str:
@@ -30,11 +32,6 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
-
-
-def printable(text: str) -> str:
-    """Without control characters: keys of a store may hold line ends, and escape sequences for the terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import msgspec
 
 from cachefs.chunk import CHUNK_BYTES
-from cachefs.config import CREDENTIALS_FD_VARIABLE, GIB, MIB, ServerConfig, VolumeConfig
+from cachefs.config import CREDENTIALS_FD_VARIABLE, GIB, MIB, ServerConfig, VolumeConfig, is_host_name
 from cachefs.errors import UsageError
 from cachefs.kernel.locks import SOCKET_NAME, runtime_name
 
@@ -122,6 +123,12 @@ def _path(text: str) -> Path:
 def _url(text: str) -> str:
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", text):
         raise UsageError(f"{text!r} is no endpoint: write http://HOST:PORT or https://HOST, without credentials")
+    try:
+        host = urlsplit(text).hostname or ""
+    except ValueError as error:  # a bracket without the other one
+        raise UsageError(f"{text!r} is no endpoint: {error}") from error
+    if not is_host_name(host):
+        raise UsageError(f"{text!r} is no endpoint: {host!r} is no name of a host")
     return text.rstrip("/")
 
 

@@ -125,7 +125,7 @@ def parse_options(volume_id: str, context: Mapping[str, str], policy: Policy) ->
         source=source,
         scheme=scheme,
         endpoint_url=endpoint,
-        region=_matching("region", plain.get("region", ""), r"[a-zA-Z0-9-]{0,64}") or None,
+        region=_matching("region", plain.get("region", ""), r"[a-zA-Z0-9-]{0,63}") or None,
         role=_matching("role", plain.get("role", ""), r"[\w+=,.@:/-]{0,512}") or None,
         pin=_boolean("pin", plain.get("pin", "false")),
         prefetch=_one_of("prefetch", plain.get("prefetch", "auto"), ("auto", "none", "all")),  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 from urllib.parse import parse_qsl, quote, urlsplit
 
+from cachefs.config import is_host_name
 from cachefs.errors import AccessDenied, StoreUnavailable, UsageError
 
 UNSIGNED_PAYLOAD = "UNSIGNED-PAYLOAD"
@@ -60,6 +61,8 @@ def resolve_endpoint(endpoint_url: str | None, environ: Mapping[str, str]) -> st
     # The endpoint is part of an object's identity, which is written to disk and logs.
     if not usable or parts.username is not None or parts.query or parts.fragment:
         raise UsageError(f"endpoint {parts._replace(netloc=parts.netloc.rpartition('@')[2]).geturl()!r}: {advice}")
+    if not is_host_name(parts.hostname or ""):
+        raise UsageError(f"endpoint {endpoint!r}: {parts.hostname!r} is no name of a host: {advice}")
     return endpoint.rstrip("/")
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from cachefs.chunk import MIB, ObjectId
 from cachefs.errors import CachefsError, IntegrityError, StoreUnavailable
-from cachefs.store._connection import until
+from cachefs.store._dial import until
 from cachefs.store._http import Exchange, S3Client
 from cachefs.store._s3 import check_range
 from cachefs.store._straggler import CRAWL_SECONDS
@@ -105,6 +105,7 @@ class _Part(Exchange):
             length=self.answer.length,
             etag=self.answer.getheader("etag", ""),
         )
+        self.answer.ear.end_s = math.inf
         # Only receive_into() can go on after a pause; to http.client it would be the end.
         self.answer.ear.patient = not self.answer.chunked
 
@@ -178,7 +179,6 @@ class _Get:
             self._hedges.note(waited_s)
             if self._may_hedge:
                 self._hedges.note_body(size, now_s - began_s)
-        self._runner.listen(self._timeout_s)
         if self._runner.answer.has_more():
             raise IntegrityError(f"{self._where}: the store sent more than the {size} bytes of the part")
 
@@ -192,7 +192,7 @@ class _Get:
         while not self._runner.has_head and not self._runner.heard():
             self._silent(self._start)
         waited_s = time.monotonic() - asking.asked_s
-        self._runner.listen(until(self._end_s))
+        self._runner.due(self._end_s)
         self._runner.accept()
         self._listen(until(self._end_s))
         return waited_s
@@ -243,6 +243,7 @@ class _Get:
         if not self._hedges.start():
             return None
         second = self._part(at, min(ASIDE_SECONDS, until(end_s)))
+        self._runner.suspect()
         try:
             # When one idle connection died without a word, the others are likely to have died with it.
             second.ask(fresh=True)
@@ -267,7 +268,7 @@ class _Get:
                     runner.listen(GLANCE_SECONDS)
                     if not runner.heard():
                         continue
-                    runner.listen(until(end_s) if is_first else min(ASIDE_SECONDS, until(end_s)))
+                    runner.due(end_s if is_first else min(time.monotonic() + ASIDE_SECONDS, end_s))
                     runner.accept()
                     return runner
                 except (CachefsError, OSError, http.client.HTTPException) as error:

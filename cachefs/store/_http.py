@@ -11,7 +11,6 @@ import re
 import ssl
 import threading
 import time
-import urllib.request
 import xml.etree.ElementTree as ET
 from collections import deque
 from collections.abc import Callable
@@ -19,9 +18,10 @@ from typing import NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
 
 from cachefs.chunk import MIB
-from cachefs.errors import CachefsError, IntegrityError, StoreUnavailable, UsageError
+from cachefs.errors import CachefsError, IntegrityError, StoreUnavailable, UsageError, printable
 from cachefs.store._aws import UNRESERVED, Credentials, sign
-from cachefs.store._connection import Answer, connect, is_over, set_timeout, until
+from cachefs.store._connection import GONE, Answer, Way, address_of, connect, is_over, set_timeout
+from cachefs.store._dial import Addresses, BadHostName, ProxyRefused, find_proxy, until
 from cachefs.store._s3 import Location, RawPage, parse_list, retry_after_s, status_error
 
 IDLE_CONNECTIONS_MAX = 64
@@ -30,8 +30,6 @@ IDLE_SECONDS_MAX = 15.0
 LIST_BYTES_MAX = 32 * MIB
 """1000 keys of 1024 bytes, each byte written as %XX, twice over, are 6 MB."""
 ERROR_BYTES_MAX = 64 * 1024
-GONE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
-"""How a request finds that its connection had ended."""
 CODE = re.compile(r"[A-Za-z0-9.]{1,80}")
 
 
@@ -54,25 +52,24 @@ class S3Client:
     """Thread-safe; connections are kept and used again."""
 
     def __init__(self, service: Service) -> None:
+        """Raises UsageError for a proxy in the environment that cannot be used."""
         self._idle: deque[tuple[http.client.HTTPConnection, float]] = deque()
         self._lock = threading.Lock()
         self._closed = False
         self._service = service
         self._endpoint = urlsplit(service.endpoint)
         self._tls = ssl.create_default_context(cafile=service.ca_file) if self._endpoint.scheme == "https" else None
-        self._proxy = self._find_proxy()
-
-    def _find_proxy(self) -> str | None:
-        host = self._endpoint.hostname or ""
-        proxy = urllib.request.getproxies().get(self._endpoint.scheme)
-        if not proxy or urllib.request.proxy_bypass(host):
-            return None
-        return urlsplit(proxy if "://" in proxy else f"http://{proxy}").netloc
+        self._proxy = find_proxy(self._endpoint.scheme, self._endpoint.hostname or "")
+        self._addresses = Addresses()
+        self._way = Way(self._addresses, self._proxy, self._tls)
 
     # --- requests
 
     def list(self, prefix: str, *, delimiter: str, token: str | None, limit: int, timeout_s: float) -> RawPage:
-        """One ListObjectsV2. Raises what status_error and parse_list say, StoreUnavailable for a broken connection."""
+        """One ListObjectsV2, whole within `timeout_s`.
+
+        Raises what status_error and parse_list say, StoreUnavailable for a broken connection.
+        """
         query = {"list-type": "2", "encoding-type": "url", "max-keys": str(limit), "prefix": prefix}
         if delimiter:
             query["delimiter"] = delimiter
@@ -82,8 +79,11 @@ class S3Client:
         try:
             with Exchange(self, "", query, {}, timeout_s, where) as exchange:
                 exchange.ask()
+                if self._addresses.untried:
+                    # It may take connections and stay silent; half of the time is for another one.
+                    exchange.due(exchange.end_s - timeout_s / 2)
                 exchange.read_head()
-                exchange.listen(timeout_s)
+                exchange.answer.ear.end_s = exchange.end_s
                 exchange.raise_for_status(200)
                 body = exchange.answer.read(LIST_BYTES_MAX + 1)
         except (OSError, http.client.HTTPException) as error:
@@ -99,15 +99,28 @@ class S3Client:
     def translate(self, error: Exception, where: str) -> CachefsError:
         """What an OSError or HTTPException of a request means."""
         host = self._endpoint.netloc
+        by = f" by the proxy {self._proxy}" if self._proxy else ""
+        if isinstance(error, BadHostName):
+            return UsageError(f"{host!r} is no name of a host: check --endpoint-url and --region")
+        if isinstance(error, ProxyRefused) and error.status == 407:
+            return self._proxy_denies()
         if isinstance(error, ssl.SSLCertVerificationError):
             reason = error.verify_message
             return UsageError(f"the certificate of {host} is not trusted ({reason}): set AWS_CA_BUNDLE to its CA file")
         if isinstance(error, TimeoutError):
-            return StoreUnavailable(f"{where}: {host} does not answer in time")
+            return StoreUnavailable(f"{where}: {host} does not answer in time{by}")
         if isinstance(error, http.client.IncompleteRead):
             return StoreUnavailable(f"{where}: the answer was cut")
-        return StoreUnavailable(
-            f"{where}: {host} cannot be reached ({error or type(error).__name__}): check --endpoint-url"
+        advice = f"check {self._proxy.variable} and NO_PROXY" if self._proxy else "check --endpoint-url"
+        reason = printable(str(error)) or type(error).__name__
+        return StoreUnavailable(f"{where}: {host} cannot be reached{by} ({reason}): {advice}")
+
+    def _proxy_denies(self) -> UsageError:
+        assert self._proxy is not None
+        name = self._proxy.variable
+        return UsageError(
+            f"the proxy {self._proxy} wants another user and password (407): set {name} to "
+            "http://USER:PASSWORD@HOST:PORT, or the store's host in NO_PROXY"
         )
 
     # --- connections
@@ -131,6 +144,8 @@ class S3Client:
         target = path + (f"?{raw_query}" if raw_query else "")
         if self._proxy and self._tls is None:
             target = f"http://{self._endpoint.netloc}{target}"
+            if self._proxy.authorization is not None:
+                given["proxy-authorization"] = self._proxy.authorization
         connection.putrequest("GET", target, skip_host=True, skip_accept_encoding=True)
         for name, value in given.items():
             connection.putheader(name, value)
@@ -145,7 +160,7 @@ class S3Client:
         idle = None if fresh else self._take_idle()
         if idle is not None:
             return idle, True
-        return connect(self._endpoint.netloc, self._proxy, self._tls, end_s), False
+        return connect(self._endpoint.netloc, self._way, end_s), False
 
     def _take_idle(self) -> http.client.HTTPConnection | None:
         """The one that was used last of those that, as far as the kernel knows, are open."""
@@ -165,6 +180,7 @@ class S3Client:
 
     def keep(self, connection: http.client.HTTPConnection) -> None:
         """Takes back a connection whose answer was read to its end."""
+        self._addresses.trust(address_of(connection))
         with self._lock:
             if not self._closed and len(self._idle) < IDLE_CONNECTIONS_MAX:
                 self._idle.append((connection, time.monotonic()))
@@ -178,6 +194,10 @@ class S3Client:
         for connection, _ in idle:
             connection.close()
 
+    def suspect(self, connection: http.client.HTTPConnection) -> None:
+        """An answer on it did not come in time: the next connection goes to another address, if there is one."""
+        self._addresses.suspect(address_of(connection))
+
     def __del__(self) -> None:
         # A store that nobody closed (its volume could not be added) leaves no sockets behind.
         self.close()
@@ -189,9 +209,11 @@ class S3Client:
 
     def error_for(self, response: http.client.HTTPResponse, where: str) -> CachefsError:
         """The error that an answer means; reads its body for the code."""
+        if response.status == 407 and self._proxy is not None:
+            return self._proxy_denies()
         try:
             code = ET.fromstring(response.read(ERROR_BYTES_MAX)).findtext("{*}Code") or ""
-        except (ET.ParseError, OSError, http.client.HTTPException):
+        except (ET.ParseError, LookupError, ValueError, OSError, http.client.HTTPException):
             code = ""
         return status_error(
             response.status,
@@ -210,7 +232,8 @@ class Exchange:
     `ask`, perhaps `heard`, `read_head`, and then what `answer` gives. A context manager; or `finish` ends it.
 
     Connection and first byte are due `timeout_s` after its making, at `end_s` (monotonic), also when an idle connection
-    turns out to be dead and is replaced. `listen` says how long each later wait may take.
+    turns out to be dead and is replaced; so is the head and the body of an error, whole, unless `due` says another
+    time. `listen` says how long each later wait may take.
     """
 
     answer: Answer
@@ -230,6 +253,7 @@ class Exchange:
         self._request = (key, query, headers)
         self.end_s = time.monotonic() + timeout_s
         self._listen_s = timeout_s
+        self._due_s = self.end_s
         self._where = where
         self._connection: http.client.HTTPConnection | None = None
         self._used = False
@@ -247,6 +271,7 @@ class Exchange:
             except GONE:
                 connection.close()
                 if not self._used:
+                    self._client.suspect(connection)
                     raise
                 # An idle connection that the store had closed: not a failure of the store.
                 self._client.forget_idle()
@@ -260,7 +285,12 @@ class Exchange:
     def listen(self, timeout_s: float) -> None:
         """How long each wait for a byte may take from here on, in seconds."""
         self._listen_s = timeout_s
+        self.answer.wait_s = timeout_s
         set_timeout(self.answer.ear.connection, timeout_s)
+
+    def due(self, end_s: float) -> None:
+        """The head, and the body of an error, are due by `end_s` (monotonic), in however many pieces they come."""
+        self._due_s = end_s
 
     def heard(self) -> bool:
         """Waits for a byte of the head or the body: whether one came, or without a head the end of the connection."""
@@ -280,6 +310,11 @@ class Exchange:
                     return heard
                 self._ask_anew()
 
+    def suspect(self) -> None:
+        """It is late: who is asked next is to be another address."""
+        if self._connection is not None:
+            self._client.suspect(self._connection)
+
     def stay(self) -> None:
         """From here on it is a failure when the connection ends, also if it was an idle one."""
         self._used = False
@@ -292,8 +327,9 @@ class Exchange:
         self.ask()
 
     def read_head(self) -> None:
-        """Waits for status and headers, which nobody has checked then."""
+        """Waits for status and headers, which nobody has checked then. What is read next is due by the same time."""
         while True:
+            self.answer.ear.end_s = self._due_s
             try:
                 self.answer.read_head()
             except (*GONE, http.client.BadStatusLine):
@@ -314,6 +350,8 @@ class Exchange:
         connection, self._connection = self._connection, None
         if connection is None:
             return
+        if isinstance(error, (TimeoutError, *GONE)):
+            self._client.suspect(connection)
         if isinstance(error, TimeoutError):
             # It may have died without a word, and idle ones with it: what is asked next is not to wait for those.
             self._client.forget_idle()

@@ -12,7 +12,7 @@ from urllib.parse import unquote_plus
 
 import msgspec
 
-from cachefs.chunk import ObjectId
+from cachefs.chunk import CHUNK_BYTES, ObjectId
 from cachefs.errors import (
     AccessDenied,
     CachefsError,
@@ -21,12 +21,17 @@ from cachefs.errors import (
     ObjectChanged,
     StoreUnavailable,
     UsageError,
+    printable,
 )
 from cachefs.store import ListPage, ObjectInfo
 from cachefs.store._base import RangeStore
 
 BUCKET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 """More than AWS allows today: its oldest buckets and other makers' have capitals, underscores and 255 characters."""
+REGION = re.compile(r"[a-z0-9-]{1,63}")
+"""It is a label of a host's name, of which DNS takes 63 characters."""
+SIZE_MAX = (1 << 63) - 1 - CHUNK_BYTES
+"""The kernel's sizes and offsets are signed and have 64 bits; the end of a size's last chunk is such an offset too."""
 CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 PAGE_KEYS = 1000
 LIST_ATTEMPTS = 5
@@ -116,7 +121,7 @@ def parse_list(body: bytes, where: str) -> RawPage:
     """A ListObjectsV2 answer. StoreUnavailable when it is cut or no XML, IntegrityError when it contradicts itself."""
     try:
         root = ET.fromstring(body)
-    except ET.ParseError as error:
+    except (ET.ParseError, LookupError, ValueError) as error:  # the last two: an encoding that nobody has
         raise StoreUnavailable(f"{where}: the listing is not whole or no XML; is this an S3 endpoint?") from error
     if root.tag.rpartition("}")[2] != "ListBucketResult":
         raise StoreUnavailable(f"{where}: the answer is no listing; is this an S3 endpoint?")
@@ -137,8 +142,9 @@ def parse_list(body: bytes, where: str) -> RawPage:
             for item in root.findall("{*}Contents")
         )
         prefixes = tuple(name(_text(item, "Prefix")) for item in root.findall("{*}CommonPrefixes"))
-    except ValueError as error:
-        raise IntegrityError(f"{where}: the listing has an entry that cannot be read: {error}") from error
+    except (ValueError, OverflowError) as error:
+        reason = printable(str(error)[:200])
+        raise IntegrityError(f"{where}: the listing has an entry that cannot be read: {reason}") from error
     more = _text(root, "IsTruncated") == "true"
     token = _text(root, "NextContinuationToken")
     if more and not token:
@@ -153,6 +159,8 @@ def check_page(page: RawPage, prefix: str, token: str | None, where: str) -> Non
     for item in page.objects:
         if not item.key.startswith(prefix) or item.size < 0:
             raise IntegrityError(f"{where}: the listing has {item.key!r}, which was not asked for")
+        if item.size > SIZE_MAX:
+            raise IntegrityError(f"{where}: the listing gives {item.key!r} {item.size:.2g} bytes; no file has so many")
         if not item.etag and item.key != prefix:
             raise IntegrityError(f"{where}: the listing has no ETag for {item.key!r}; versions cannot be told apart")
     for name in page.prefixes:
@@ -193,7 +201,7 @@ def check_part(object_id: ObjectId, asked: tuple[int, int], got: tuple[int, int]
     where = f"{object_id.source}: {object_id.path}"
     if bare_etag(etag) != object_id.version or size != object_id.size:
         raise ObjectChanged(
-            f"{where} changed: it was {object_id.version}, {object_id.size} bytes, and is {etag}, {size}"
+            f"{where} changed: it was {object_id.version}, {object_id.size} bytes, and is {printable(etag)}, {size}"
         )
     if got != asked:
         raise IntegrityError(f"{where}: the store sent bytes {got[0]}-{got[1]} instead of {asked[0]}-{asked[1]}")
@@ -228,6 +236,8 @@ def status_error(
 ) -> CachefsError:
     """The error that an S3 answer means; `code` is the body's `Code` or "", `what` names the object or prefix."""
     detail = f"{status} {code}".strip()
+    if actual_region is not None and REGION.fullmatch(actual_region) is None:
+        actual_region = None
     if code == "NoSuchBucket":
         return NotFound(f"there is no bucket {bucket!r} here ({what}): check its name, --endpoint-url and --region")
     if actual_region and actual_region != region and status in (301, 307, 400, 403):

@@ -62,6 +62,7 @@ def test_all_options_of_a_persistent_volume() -> None:
         ({"uri": "s3://b/x", "revision": "main"}, "revision"),
         ({"uri": "hf://a/b", "revision": "ma in"}, "revision"),
         ({"uri": "s3://b/x", "region": "eu west"}, "region"),
+        ({"uri": "s3://b/x", "region": "x" * 64}, "region"),
         ({"uri": "s3://b/x", "pin": "yes"}, "pin"),
         ({"uri": "s3://b/x", "prefetch": "some"}, "prefetch"),
         ({"uri": "s3://b/x", "isolation": "strict"}, "isolation"),

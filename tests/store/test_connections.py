@@ -3,7 +3,6 @@
 import contextlib
 import http.client
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,8 @@ import pytest
 
 from cachefs.errors import StoreUnavailable
 from cachefs.store import ObjectInfo, Store, _connection, _straggler, direct
-from cachefs.store._connection import ADDRESSES_MAX, is_over
+from cachefs.store._connection import Way, is_over
+from cachefs.store._dial import ADDRESSES_MAX, Addresses
 from cachefs.store._http import S3Client
 from tests.store.conftest import fetch, listing, open_with
 from tests.support.lying import Lie, LyingServer
@@ -207,7 +207,7 @@ def test_a_name_whose_addresses_all_refuse_is_said_to_refuse(
         closed.bind(("127.0.0.1", 0))
         resolves(monkeypatch, [closed.getsockname()] * 3)
         with pytest.raises(ConnectionRefusedError):
-            _connection.connect(NAME, None, None, time.monotonic() + 60.0)
+            _connection.connect(NAME, Way(Addresses()), time.monotonic() + 60.0)
 
 
 @https_only
@@ -244,59 +244,3 @@ def test_connection_and_first_byte_share_the_timeout(
         if took_s < TOO_LONG_S and origin.gets() == gets_before + 1:
             return
     pytest.fail(f"{took_s:.1f} s for a timeout of {QUICK_S} s")
-
-
-# --- a proxy
-
-
-class Proxy:
-    """Joins each caller that says CONNECT with where it wants to go; `joined` counts them."""
-
-    def __init__(self) -> None:
-        self.joined = 0
-        self._stack = contextlib.ExitStack()
-        self._listener = self._stack.enter_context(socket.socket())
-        self._listener.bind(("127.0.0.1", 0))
-        self._listener.listen()
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-
-    def __enter__(self) -> "Proxy":
-        threading.Thread(target=self._accept, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._stack.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                caller, _ = self._listener.accept()
-                self._stack.callback(caller.close)
-                head = b""
-                while not head.endswith(b"\r\n\r\n"):
-                    head += caller.recv(1)
-                host, _, port = head.split()[1].decode().partition(":")
-                called = socket.create_connection((host, int(port)))
-                self._stack.callback(called.close)
-                caller.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
-                self.joined += 1
-                for here, there in ((caller, called), (called, caller)):
-                    threading.Thread(target=self._copy, args=(here, there), daemon=True).start()
-
-    def _copy(self, here: socket.socket, there: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := here.recv(1 << 16):
-                there.sendall(data)
-            there.shutdown(socket.SHUT_WR)
-
-
-@https_only
-def test_tls_goes_through_a_proxy(origin: LyingServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Proxy() as proxy:
-        monkeypatch.setenv("NO_PROXY", "")
-        monkeypatch.setenv("no_proxy", "")
-        monkeypatch.setenv("https_proxy", proxy.url)
-        with opened(origin) as (store, info):
-            assert fetch(store, info) == DATA
-        assert proxy.joined == 1

@@ -91,6 +91,7 @@ BAD = [
     (["mount", "s3://b/p", "MNT", "--uid", "root"], "--uid"),
     (["mount", "s3://b/p", "MNT", "--endpoint-url", "127.0.0.1:80"], "--endpoint-url"),
     (["mount", "s3://b/p", "MNT", "--endpoint-url", "http://key:secret@host"], "credentials"),
+    (["mount", "s3://b/p", "MNT", "--endpoint-url", "http://a..b:9000"], "no name of a host"),
     (["mount", "s3://b/p", "MNT", "--anonymous", "--profile", "x"], "--anonymous"),
     (["mount", "s3://b/p", "MNT", "-o", "rw"], "-o rw"),
     (["mount", "s3://b/p", "MNT", "-o", "uid=1", "--uid", "2"], "twice"),
@@ -139,6 +140,24 @@ def test_a_bad_request_is_one_clear_line_and_exit_code_2(
     assert done.stderr.count("\n") == 1
     assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
     assert not (tmp_path / "state").exists()  # nothing half made
+
+
+@pytest.mark.skipif(not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="needs /dev/fuse")
+def test_a_proxy_that_cannot_be_used_is_one_line_of_the_mount_without_its_password(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    proxy = "socks5://me:hunter2@127.0.0.1:1080"
+    done = run(
+        "mount", "s3://bkt/p", str(tmp_path / "mnt"), "--endpoint-url", "https://a.test", HTTPS_PROXY=proxy, NO_PROXY=""
+    )
+    assert done.returncode == 2, done.stderr
+    assert "HTTPS_PROXY" in done.stderr
+    assert "hunter2" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_complaint_has_nothing_in_it_that_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
+    output.complain(ValueError("\x1b[2Jof a\nstore"))
+    assert capsys.readouterr().err == "cachefs: \\x1b[2Jof a store\n"
 
 
 def test_without_a_fuse_device_mounting_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ def test_a_bucket_is_one_in_all_regions_of_a_partition_and_another_in_the_next(n
         (None, "x.elsewhere.org/"),
         (None, "x@elsewhere"),
         (None, "x\n"),
+        (None, "x" * 64),
     ],
 )
 def test_no_other_host_is_reached(node: NodeConfig, endpoint: str | None, region: str | None) -> None:
