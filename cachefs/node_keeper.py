@@ -10,7 +10,6 @@ SIGTERM ends the keeper, not the mount: the next keeper takes it over.
 
 import argparse
 import contextlib
-import fcntl
 import math
 import os
 import secrets
@@ -28,6 +27,7 @@ from cachefs.errors import CachefsError, StateBusy, UsageError
 from cachefs.kernel import mounts, wire
 from cachefs.kernel.adopt import OfferRefused, check_device, check_ledger, check_memory
 from cachefs.kernel.backing import BACKINGS_MAX, Backings
+from cachefs.kernel.locks import KEEPER_LOCK, lock_file
 from cachefs.kernel.newmount import mount, serving_descriptor, warn_about_timeouts
 from cachefs.kernel.process import log, peer_credentials
 from cachefs.kernel.session import (
@@ -44,6 +44,8 @@ from cachefs.kernel.supervised import close_backing, register_backing
 ROOT_NAME, RUN_NAME, CACHE_NAME = "root", "run", "cache"
 SOCKET_NAME = "keeper.sock"
 LOOP_S = 1.0
+HELD_S = 10.0
+"""For the keeper that ends: the next one may have been started already."""
 ADOPT_S = 30.0
 """Somebody holds the old mount's device, or the mount would answer with ENOTCONN: supervisors come within a second."""
 GIVE_UP_S = 3600.0
@@ -366,28 +368,21 @@ def prepare(node_dir: Path, server_uid: int) -> None:
 
 def hold_node(node_dir: Path) -> int:
     """One keeper for a node directory; the lock ends with this process. Raises StateBusy."""
-    return _hold(node_dir, os.O_CREAT)
+    return _hold(node_dir, create=True)
 
 
-def _hold(node_dir: Path, flags: int) -> int:
-    lock_fd = os.open(node_dir / "keeper.lock", flags | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    deadline_s = time.monotonic() + 10.0
-    while True:
-        try:
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock_fd
-        except BlockingIOError:
-            if time.monotonic() > deadline_s:
-                os.close(lock_fd)
-                raise StateBusy(f"another cachefs keeper holds {node_dir}") from None
-            time.sleep(0.05)
+def _hold(node_dir: Path, *, create: bool) -> int:
+    try:
+        return lock_file(node_dir / KEEPER_LOCK, wait_s=HELD_S, create=create)
+    except BlockingIOError:
+        raise StateBusy(f"another cachefs keeper holds {node_dir}") from None
 
 
 def unmount_node(node_dir: Path) -> None:
     """What an earlier keeper mounted, if there is something; nothing is made. Raises StateBusy while a keeper lives."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # then no keeper lives here
-            stack.callback(os.close, _hold(node_dir, 0))
+            stack.callback(os.close, _hold(node_dir, create=False))
         root = node_dir / ROOT_NAME
         found = mounts.find_mount(root)
         if found is not None and found.fstype == mounts.FSTYPE:

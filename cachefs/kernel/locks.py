@@ -28,16 +28,17 @@ OPENED_MAX = 1000
 """How often a lock file may vanish under who locks it: each time somebody else has had it and has gone."""
 
 
-def lock_file(path: Path, *, wait_s: float, make: Callable[[], None] | None = None) -> int:
+def lock_file(path: Path, *, wait_s: float, make: Callable[[], None] | None = None, create: bool = True) -> int:
     """Hold an exclusive flock of the file at `path`, made if it is not there: its descriptor. It ends with that.
 
-    `make` makes its directory, again if it was removed meanwhile. Raises BlockingIOError when somebody else holds it
-    for longer than `wait_s`, and OSError.
+    `make` makes its directory, again if it was removed meanwhile. Without `create` a file that is not there is a
+    FileNotFoundError. Raises BlockingIOError when somebody else holds it for longer than `wait_s`, and OSError.
     """
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
     deadline_s = time.monotonic() + wait_s
     for _ in range(OPENED_MAX):
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(path, flags, 0o600)
         except FileNotFoundError:
             if make is None:
                 raise
@@ -60,18 +61,13 @@ def lock_file(path: Path, *, wait_s: float, make: Callable[[], None] | None = No
 
 def is_locked(path: Path) -> bool:
     """Whether somebody holds the lock at `path`; nothing is made. Raises OSError but for a missing file."""
-    for _ in range(OPENED_MAX):
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            free = _try_flock(descriptor)
-            if is_at(path, descriptor):
-                return not free
-        finally:
-            os.close(descriptor)
-    return True
+    try:
+        os.close(lock_file(path, wait_s=0.0, create=False))
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def is_at(path: Path, descriptor: int) -> bool:
@@ -176,12 +172,5 @@ def remove_runtime_dir(runtime_dir: Path, *, keeper_fd: int = -1, ours: bool = F
 
 def _hold_state(state_dir: Path, stack: contextlib.ExitStack) -> None:
     """Hold the state directory's lock if there is one. Raises OSError when a server or command has it."""
-    path = state_dir / STATE_LOCK
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    stack.callback(os.close, descriptor)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if not is_at(path, descriptor):
-        raise BlockingIOError(f"{path} was removed")
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        stack.callback(os.close, lock_file(state_dir / STATE_LOCK, wait_s=0.0, create=False))
