@@ -371,19 +371,12 @@ class Fills:
         buffer = _buffer(fill)
         view = buffer.view[first:stop]
         requests = self._metrics.store_requests
-        told = 0
-
-        def counted(count: int) -> None:
-            nonlocal told
-            told = count
-            progress(count)
-
         try:
             await self._offload.store(
-                fill.store.fetch_into, view, fill.object_id, offset + first, offset + stop, counted
+                fill.store.fetch_into, view, fill.object_id, offset + first, offset + stop, progress
             )
             # INVARIANT: what no store has told of is neither served nor kept: the buffer has older bytes there.
-            if told != stop - first:
+            if (told := fill.tail_arrived if first else fill.arrived) != stop - first:
                 raise IntegrityError(
                     f"{fill.object_id.path}: the store ended a part of {stop - first} bytes after {told}"
                 )
