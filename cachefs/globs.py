@@ -140,16 +140,16 @@ class _Parts:
     Most are literal, or literal but for one star: those are compared by themselves, without looking at each character.
     """
 
-    def __init__(self, masks: dict[str, int]) -> None:
+    def __init__(self, masks: dict[str, int], parsed: dict[str, _Segment]) -> None:
+        """Of each segment the mask that stands for it, and its parts."""
         self._equal: dict[str, int] = {}
         self._ends: list[tuple[str, str, int, int]] = []  # start, end, length of both, mask
         others = []
         for segment, mask in masks.items():
-            parsed = _parse_segment(segment)  # all are checked
             head, star, tail = segment.partition("*")
             tail = tail.lstrip("*")
             if any(char in head + tail for char in "*?["):
-                others.append((parsed, mask))
+                others.append((parsed[segment], mask))
             elif star:
                 self._ends.append((head, tail, len(head) + len(tail), mask))
             else:
@@ -200,6 +200,7 @@ class Globs:
         self._starts = self._stays = self._any = 0
         self._includes = self._excludes = self._directories_only = 0  # accepting states
         masks: dict[str, int] = {}
+        parsed: dict[str, _Segment] = {}
         base = 0
         self._include_states = 0
         # Patterns that stand there twice are one.
@@ -207,8 +208,7 @@ class Globs:
             self._starts |= 1 << base
             segments = _segments(pattern)
             try:
-                for segment in segments:
-                    _parse_segment(segment)
+                parsed |= {segment: _parse_segment(segment) for segment in segments if segment not in parsed}
             except UsageError as exc:
                 raise UsageError(f"the pattern {pattern!r} is not valid ({exc})") from exc
             for number, segment in enumerate(segments, 1):
@@ -228,7 +228,7 @@ class Globs:
             if pattern.endswith("/"):
                 self._directories_only |= 1 << base
             base += 1
-        self._parts = _Parts(masks)
+        self._parts = _Parts(masks, parsed)
         self.shows_all = base == 0
         self.cost = NAME_COST + base + sum(map(len, masks))
         """How long a name of 255 characters takes at most, in about 25 ns."""
