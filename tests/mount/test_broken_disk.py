@@ -1,5 +1,6 @@
 """A disk on which blobs cannot be deleted, are gone or are no files: the mount lives, and bytes are right."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -100,19 +101,26 @@ def impatient(cli: Cli, *arguments: object) -> str:
     return done.stderr
 
 
-def test_why_no_server_comes_up_is_one_line_of_status_and_mount(cli: Cli, source: str) -> None:
-    place = mounted(cli, source)
+@contextlib.contextmanager
+def killed_on_a_read_only_disk(cli: Cli) -> Iterator[None]:
+    """The server is killed, and none can start meanwhile."""
     pid = cli.status()["server"]["pid"]
     subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "cachefs-test", cli.state_dir], check=True)
     try:
         os.kill(pid, signal.SIGKILL)
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", cli.state_dir], check=True)
+
+
+def test_why_no_server_comes_up_is_one_line_of_status_and_mount(cli: Cli, source: str) -> None:
+    place = mounted(cli, source)
+    with killed_on_a_read_only_disk(cli):
         wait_for(lambda: "state directory" in failure_of(cli.runtime_dir), "told")
         for arguments in (["status"], ["mount", source, cli.place("other")]):
             said = impatient(cli, *arguments)
             assert failure_of(cli.runtime_dir) in said
             assert said.count("\n") == 1
-    finally:
-        subprocess.run(["umount", "--lazy", cli.state_dir], check=True)
     assert (place / "c").read_bytes() == DATA["c"]  # mended: the next server comes
     assert failure_of(cli.runtime_dir) == ""
     assert cli.status()["server"]["restarts"] >= 1
@@ -122,13 +130,8 @@ def test_why_no_server_comes_up_is_one_line_of_status_and_mount(cli: Cli, source
 
 def test_a_mount_whose_server_cannot_start_is_unmounted(cli: Cli, source: str) -> None:
     place = mounted(cli, source)
-    pid = cli.status()["server"]["pid"]
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "cachefs-test", cli.state_dir], check=True)
-    try:
-        os.kill(pid, signal.SIGKILL)
+    with killed_on_a_read_only_disk(cli):
         wait_for(lambda: failure_of(cli.runtime_dir) != "", "told")
         cli.run("umount", "--all")
         assert cli.mounts() == [str(cli.state_dir)]
-    finally:
-        subprocess.run(["umount", "--lazy", cli.state_dir], check=True)
     assert not place.is_mount()

@@ -1,5 +1,6 @@
 """What a volume's patterns show of long listings: found out in a thread, once."""
 
+import sys
 from collections.abc import Awaitable, Callable
 from typing import ParamSpec, TypeVar
 
@@ -17,24 +18,31 @@ T = TypeVar("T")
 
 
 class HeldOffload(Offload):
-    """Filters nothing in a thread until `go` is set."""
+    """The first `most` filters begin (`late`: end) only when `go` is set."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, most: int, late: bool = False) -> None:
         super().__init__()
         self.go = trio.Event()
         self.matches = 0
+        self._most = most
+        self._late = late
 
     async def match(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         self.matches += 1
-        await self.go.wait()
-        return await super().match(function, *args, **kwargs)
+        held = self.matches <= self._most
+        if held and not self._late:
+            await self.go.wait()
+        result = await super().match(function, *args, **kwargs)
+        if held and self._late:
+            await self.go.wait()
+        return result
 
 
 def test_a_long_listing_is_filtered_once_and_in_a_thread(bench: Bench) -> None:
     store = MemoryStore()
     store.put_many([f"{number}.bin" for number in range(3000)] + ["m.safetensors", "few/m.bin"])
     filtered = volume_of(store, include=(*(f"*a?{number}" for number in range(60)), "*.safetensors"))
-    bench.offload = held = HeldOffload()
+    bench.offload = held = HeldOffload(most=sys.maxsize)
 
     async def body(snapshots: Snapshots) -> None:
         found: list[Listing | None] = []
@@ -63,28 +71,11 @@ def test_a_long_listing_is_filtered_once_and_in_a_thread(bench: Bench) -> None:
     bench.run(body)
 
 
-class LateOffload(Offload):
-    """Ends the first filter only when `go` is set."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.go = trio.Event()
-        self.matches = 0
-
-    async def match(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        self.matches += 1
-        late = self.matches == 1
-        result = await super().match(function, *args, **kwargs)
-        if late:
-            await self.go.wait()
-        return result
-
-
 def test_a_filter_of_an_older_listing_that_ends_later_displaces_nothing(bench: Bench) -> None:
     store = MemoryStore()
     store.put_many([f"{number}.bin" for number in range(3000)])
     filtered = volume_of(store, include=tuple(f"*a?{number}" for number in range(60)))
-    bench.offload = late = LateOffload()
+    bench.offload = late = HeldOffload(most=1, late=True)
 
     async def body(snapshots: Snapshots) -> None:
         async with trio.open_nursery() as nursery:

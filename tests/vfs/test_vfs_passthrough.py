@@ -382,6 +382,13 @@ def test_opens_wait_for_the_check_of_a_server_whose_predecessor_did_not_finish_i
     trio.run(main)
 
 
+async def opens_cached_at_once(stage: Stage, path: str) -> None:
+    with trio.fail_after(30):
+        _, handle = await stage.open(path)
+    assert not is_passthrough(handle)
+    await stage.vfs.release(handle)
+
+
 def test_opens_do_not_wait_where_an_earlier_check_failed(unchecked, monkeypatch):
     store = MemoryStore({"a": DATA})
 
@@ -395,10 +402,7 @@ def test_opens_do_not_wait_where_an_earlier_check_failed(unchecked, monkeypatch)
         async with unchecked.server(store) as stage:
             monkeypatch.setattr(stage.vfs._passthrough, "_read_back", never)
             stage.vfs.check_passthrough_later()
-            with trio.fail_after(30):
-                _, handle = await stage.open("a")
-            assert not is_passthrough(handle)
-            await stage.vfs.release(handle)
+            await opens_cached_at_once(stage, "a")
 
     trio.run(main)
 
@@ -411,10 +415,7 @@ def test_opens_wait_for_the_first_check_where_earlier_servers_could_not_make_one
         async with unchecked.server(store, kernel_disable=("passthrough",)) as stage:
             await warm(stage)
             stage.vfs.check_passthrough_later()
-            with trio.fail_after(30):
-                _, handle = await stage.open("a")
-            assert not is_passthrough(handle)
-            await stage.vfs.release(handle)
+            await opens_cached_at_once(stage, "a")
         assert not Ledger(unchecked.ledger_fd).passthrough_check_ended
         async with unchecked.server(store) as stage:
             monkeypatch.setattr(stage.vfs._passthrough, "_read_back", works)
@@ -441,20 +442,14 @@ def test_check_that_hangs_or_has_many_waiters_holds_up_no_more_opens(unchecked, 
                 for _ in range(CHECK_WAITERS_MAX):
                     nursery.start_soon(stage.vfs.open, inode, os.O_RDONLY)
                 await trio.testing.wait_all_tasks_blocked(0.05)
-                with trio.fail_after(30):
-                    for path in ("a", "b"):
-                        _, handle = await stage.open(path)
-                        assert not is_passthrough(handle)
-                        await stage.vfs.release(handle)
+                for path in ("a", "b"):
+                    await opens_cached_at_once(stage, path)
                 nursery.cancel_scope.cancel()
         monkeypatch.setattr(passthrough, "CHECK_WAIT_S", 0.05)
         async with unchecked.server(store) as stage:
             monkeypatch.setattr(stage.vfs._passthrough, "_read_back", never)
             stage.vfs.check_passthrough_later()
-            with trio.fail_after(30):
-                _, handle = await stage.open("a")
-            assert not is_passthrough(handle)
-            await stage.vfs.release(handle)
+            await opens_cached_at_once(stage, "a")
 
     trio.run(main)
 
