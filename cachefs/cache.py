@@ -42,7 +42,7 @@ DISK_PIECES = 8
 """For spans that a thread reads from the blob, one per thread. As fresh bytes they left 20 to 60 MiB to malloc."""
 
 LOCAL = ""
-"""Has the pieces of READs whose chunks are all local; no source's identity."""
+"""Has the pieces of READs whose bytes are all here; no source's identity."""
 
 
 class ChunkCache:
@@ -171,8 +171,8 @@ class ChunkCache:
     async def _join(self, store: Store, object_id: ObjectId, spans: list[ChunkSpan]) -> memoryview:
         """The bytes in a piece of memory. Until there is one for us, no chunk is asked for."""
         patience = Patience(self._config)
-        states = self._blobs.use(object_id).states
-        owner = LOCAL if all(states[span.index] != ABSENT for span in spans) else object_id.source
+        cached = self._blobs.use(object_id)
+        owner = LOCAL if all(_is_here(cached, span) for span in spans) else object_id.source
         piece: Buffer | None = None
         with patience.limit():
             piece = await self._join_pieces.take(owner, Want.DEMAND)
@@ -186,7 +186,7 @@ class ChunkCache:
                 if cached.states[span.index] == ABSENT and span.index not in cached.fills:
                     self._fills.start(store, cached, span.index, Want.DEMAND)
             for span in spans:
-                if owner == LOCAL and cached.states[span.index] == ABSENT:  # it was evicted meanwhile
+                if owner == LOCAL and not _is_here(cached, span):  # it was evicted meanwhile
                     owner = object_id.source
                     self._join_pieces.charge(piece, owner)
                 view[filled : filled + span.length] = await self._read_span(store, object_id, span, patience)
@@ -344,11 +344,11 @@ class ChunkCache:
         fill = cached.fills.get(index) if cached is not None else None
         return fill is not None and not fill.held
 
-    def has_head(self, object_id: ObjectId, length: int) -> bool:
-        """Whether the first `length` bytes are here, in a buffer or in the blob."""
+    def is_here(self, object_id: ObjectId, offset: int, length: int) -> bool:
+        """Whether read() has these bytes without the store: each chunk's are in a buffer or in the blob."""
         cached = self._blobs.find(object_id)
         return cached is not None and all(
-            _is_here(cached, span) for span in chunk.chunk_spans(object_id.size, 0, length)
+            _is_here(cached, span) for span in chunk.chunk_spans(object_id.size, offset, length)
         )
 
     async def peek(self, object_id: ObjectId, length: int) -> bytes | None:

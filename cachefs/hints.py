@@ -25,7 +25,7 @@ INDEX_NAME = "model.safetensors.index.json"
 class Here(Protocol):
     """The part of ChunkCache that tells what is local."""
 
-    def has_head(self, object_id: ObjectId, length: int) -> bool: ...
+    def is_here(self, object_id: ObjectId, offset: int, length: int) -> bool: ...
     async def peek(self, object_id: ObjectId, length: int) -> bytes | None: ...
 
 
@@ -57,7 +57,7 @@ class Hints:
 
     def is_here(self, object_id: ObjectId, length: int) -> bool:
         """Whether the first `length` bytes of an object are."""
-        return self._cache.has_head(object_id, length)
+        return self._cache.is_here(object_id, 0, length)
 
     async def learn(self, object_id: ObjectId, length: int) -> int:
         """Look at the first `length` bytes. How many it takes the next time, 0: no more is to be learned."""

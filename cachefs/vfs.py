@@ -69,6 +69,7 @@ class Cache(Protocol):
     async def ensure(self, store: Store, object_id: ObjectId, index: int) -> None: ...
     async def open_sealed(self, object_id: ObjectId) -> int | None: ...
     def is_local(self, object_id: ObjectId, index: int) -> bool: ...
+    def is_here(self, object_id: ObjectId, offset: int, length: int) -> bool: ...
     def is_sealed(self, object_id: ObjectId) -> bool: ...
     def note_open(self, object_id: ObjectId) -> None: ...
     def note_close(self, object_id: ObjectId) -> None: ...
@@ -142,7 +143,7 @@ class Vfs:
         self._listings: dict[int, Sequence[tuple[str, Node]]] = {}
         """What an open directory handle reads from: offsets stay valid when the directory is refreshed meanwhile."""
         self._listing_serial = 0
-        self._waiting: dict[str, trio.Semaphore] = {}
+        self._turns: dict[str, trio.Semaphore] = {}
         self._refreshes: dict[int, trio.Event] = {}
         self._refreshed_s: dict[int, float] = {}
         self._nursery: trio.Nursery | None = None
@@ -394,18 +395,9 @@ class Vfs:
             raise IsADirectory(f"{node.path} is a directory")
         store = self._tree.volume(node.view).store
         self.prefetcher.note_read(handle, store, object_id, offset, length, Place(node.parent, node.name))
-        if all(self._cache.is_local(object_id, span.index) for span in chunk_spans(object_id.size, offset, length)):
-            data = await self._cache.read(store, object_id, offset, length)
-            self._hits.inc()
-            self.prefetcher.note_served(handle)
-            return data
-        waiting = self._waiting.get(node.view)
-        if waiting is None:
-            waiting = self._waiting[node.view] = trio.Semaphore(WAITING_READS_MAX)
-        try:
-            waiting.acquire_nowait()  # no checkpoint in the usual case
-        except trio.WouldBlock:
-            await waiting.acquire()
+        hit = all(self._cache.is_local(object_id, span.index) for span in chunk_spans(object_id.size, offset, length))
+        # What a buffer has needs no turn either: the turns may all be taken by READs of a source that hangs.
+        turn = None if hit or self._cache.is_here(object_id, offset, length) else await self._wait_for_turn(node.view)
         try:
             try:
                 data = await self._cache.read(store, object_id, offset, length)
@@ -414,7 +406,7 @@ class Vfs:
                     raise
                 # It may be the answer to another principal, whose fill was joined: now with our own credentials.
                 data = await self._cache.read(store, object_id, offset, length)
-            self._misses.inc()
+            (self._hits if hit else self._misses).inc()
             self.prefetcher.note_served(handle)
             return data
         except (ObjectChanged, NotFound) as exc:
@@ -423,7 +415,19 @@ class Vfs:
                 raise ObjectChanged(f"{node.path} is gone from its source") from exc
             raise
         finally:
-            waiting.release()
+            if turn is not None:
+                turn.release()
+
+    async def _wait_for_turn(self, view: str) -> trio.Semaphore:
+        """To wait for the volume's source. The caller releases it."""
+        turn = self._turns.get(view)
+        if turn is None:
+            turn = self._turns[view] = trio.Semaphore(WAITING_READS_MAX)
+        try:
+            turn.acquire_nowait()  # no checkpoint in the usual case
+        except trio.WouldBlock:
+            await turn.acquire()
+        return turn
 
     # Changes
 

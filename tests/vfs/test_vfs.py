@@ -2,6 +2,7 @@
 
 import os
 import random
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ import trio
 
 from cachefs.chunk import CHUNK_BYTES
 from cachefs.errors import IsADirectory, NotADirectory, NotFound, ObjectChanged, ReadOnly
+from cachefs.tier.local import LocalTier
 from tests.support.memory_store import MemoryStore
 from tests.vfs.stage import Mount
 
@@ -225,16 +227,33 @@ def test_object_that_is_gone_fails_its_handle_as_stale_and_leaves_the_listing(mo
     trio.run(main)
 
 
-def test_hung_source_holds_up_no_other_volume_and_no_local_bytes(tmp_path):
+class _BusyDisk(LocalTier):
+    """Writes nothing while `writes` is clear."""
+
+    def __init__(self, directory):
+        super().__init__(directory, capacity_bytes=1024 * 1024 * 1024, free_fraction_min=0.0)
+        self.writes = threading.Event()
+        self.writes.set()
+
+    def write(self, *args, **kwargs):
+        assert self.writes.wait(60)
+        return super().write(*args, **kwargs)
+
+
+def test_hung_source_holds_up_no_other_volume_and_no_bytes_that_are_here(tmp_path):
     mount = Mount(tmp_path, at_root=True)
-    hung = MemoryStore({"big": DATA, "local": b"here"}, bucket="hung")
+    hung = MemoryStore({"big": DATA, "local": b"here", "buffered": b"not written yet"}, bucket="hung")
     other = MemoryStore({"file": b"other bytes"}, bucket="other")
+    disk = _BusyDisk(tmp_path / "blobs")
 
     async def main():
-        async with mount.server(hung, other) as stage:
+        async with mount.server(hung, other, tier=disk) as stage:
             _, local = await stage.open("v0/local")
             await stage.vfs.read(local, 0, 10)
-            await stage.sealed("v0/local")  # a busy disk writes it late, and what is not written is not local
+            await stage.sealed("v0/local")
+            disk.writes.clear()
+            _, buffered = await stage.open("v0/buffered")
+            await stage.vfs.read(buffered, 0, 3)
             _, handle = await stage.open("v0/big")
             got = []
 
@@ -249,11 +268,13 @@ def test_hung_source_holds_up_no_other_volume_and_no_local_bytes(tmp_path):
                         while not hung.gets.waiting:
                             await trio.sleep(0.005)
                         assert bytes(await stage.vfs.read(local, 0, 10)) == b"here"
+                        assert bytes(await stage.vfs.read(buffered, 4, 7)) == b"written"
                         _, quick = await stage.open("v1/file")
                         assert bytes(await stage.vfs.read(quick, 0, 100)) == b"other bytes"
                         assert (await stage.walk("v0/big")).size == len(DATA)
                     assert got == []
                     hung.gets.open()
+                    disk.writes.set()
             assert got == [True] * 1000
 
     trio.run(main)
