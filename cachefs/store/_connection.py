@@ -125,7 +125,7 @@ class Way(NamedTuple):
 def connect(host: str, way: Way, end_s: float) -> http.client.HTTPConnection:
     """An open connection to `host` (with its port), by a proxy if there is one, handshake and all by `end_s`.
 
-    `end_s` is monotonic; only the resolver keeps to times of its own. The caller sets the timeout of what follows.
+    `end_s` is monotonic. The caller sets the timeout of what follows.
     Raises OSError, of them BadHostName and ProxyRefused.
     """
     for attempt_s in CONNECT_SECONDS:

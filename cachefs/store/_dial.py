@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from cachefs.errors import UsageError
+from cachefs.store._resolve import Resolver
 
 HEAD_START_SECONDS = 0.3
 """An address that has not answered by then is no longer waited for alone: the next one is tried beside it (RFC 8305
@@ -120,6 +121,7 @@ class Addresses:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._resolver = Resolver()
         self._silent: deque[tuple[str, int]] = deque(maxlen=ADDRESSES_MAX)
         self._known = 0
 
@@ -128,12 +130,9 @@ class Addresses:
         """Whether nobody was silent so far, and the name has more than one address."""
         return not self._silent and self._known > 1
 
-    def resolve(self, host: str, port: int) -> list[Any]:
-        """As getaddrinfo: those that were not silent, then the others, the one that was silent last at the end.
-
-        Raises UnicodeError for what is no name, OSError.
-        """
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    def resolve(self, host: str, port: int, end_s: float) -> list[Any]:
+        """As Resolver: those that were not silent, then the others, the one that was silent last at the end."""
+        found = self._resolver.resolve(host, port, end_s)
         with self._lock:
             rank: dict[Any, int] = {address: place for place, address in enumerate(self._silent)}
         if rank:
@@ -166,7 +165,7 @@ def dial(
     All are tried before `end_s` (monotonic): each begins a moment after the one before it, which goes on. Raises
     TimeoutError, UnicodeError for what is no name, or the OSError of the last one when all were refused.
     """
-    left = deque(addresses.resolve(host, port))
+    left = deque(addresses.resolve(host, port, end_s))
     racing: dict[int, tuple[socket.socket, tuple[str, int]]] = {}
     failure = OSError("the name has no address")
     poll = select.poll()

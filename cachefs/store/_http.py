@@ -22,6 +22,7 @@ from cachefs.errors import CachefsError, IntegrityError, StoreUnavailable, Usage
 from cachefs.store._aws import UNRESERVED, Credentials, sign
 from cachefs.store._connection import GONE, Answer, Way, address_of, connect, is_over, set_timeout
 from cachefs.store._dial import Addresses, BadHostName, ProxyRefused, find_proxy, until
+from cachefs.store._resolve import NameServersSilent
 from cachefs.store._s3 import Location, RawPage, parse_list, retry_after_s, status_error
 
 IDLE_CONNECTIONS_MAX = 64
@@ -107,6 +108,9 @@ class S3Client:
         if isinstance(error, ssl.SSLCertVerificationError):
             reason = error.verify_message
             return UsageError(f"the certificate of {host} is not trusted ({reason}): set AWS_CA_BUNDLE to its CA file")
+        if isinstance(error, NameServersSilent):
+            name = self._proxy.host if self._proxy else self._endpoint.hostname
+            return StoreUnavailable(f"{where}: no name server tells the address of {name} in time")
         if isinstance(error, TimeoutError):
             return StoreUnavailable(f"{where}: {host} does not answer in time{by}")
         if isinstance(error, http.client.IncompleteRead):
