@@ -6,7 +6,9 @@ from .harness import BenchError, Target, program
 
 MOUNTS = ("cachefs", "rclone", "s3fs", "juicefs", "mount-s3", "geesefs")
 DOWNLOADS = ("s5cmd", "rclone-copy")
-REFERENCES = ("loop", "gets", "native")
+OBJECT_REFERENCES = ("loop", "gets", "fill")
+"""They take one object. `fill` is `cachefs warm`: fetched, checked and stored, and nobody reads."""
+REFERENCES = (*OBJECT_REFERENCES, "native")
 PEERS = (*MOUNTS, *DOWNLOADS, *REFERENCES)
 
 # Which prefix and file of the bucket a workload reads.
@@ -25,7 +27,7 @@ TARGETS = {
 # About 50 cells, each of 2 to 5 s with 512 MiB: five rounds end within a quarter of an hour on two cores.
 SHORT: dict[str, dict[str, tuple[str, ...]]] = {
     "loopback": {
-        "sequential": (*MOUNTS, *DOWNLOADS, "loop", "gets", "native"),
+        "sequential": (*MOUNTS, *DOWNLOADS, *REFERENCES),
         "ordered": ("cachefs", "rclone", "s3fs"),
     },
     "slow": {
@@ -39,7 +41,7 @@ SHORT: dict[str, dict[str, tuple[str, ...]]] = {
         "minilm": ("cachefs", "rclone", "s5cmd"),
         "gguf": ("cachefs", "rclone", "juicefs", "s5cmd", "rclone-copy"),
     },
-    "tls": {"sequential": ("cachefs", "rclone", "s3fs", "loop")},
+    "tls": {"sequential": ("cachefs", "rclone", "s3fs", "loop", "fill")},
     "faults": {"sequential": ("cachefs", "rclone")},
 }
 
@@ -60,9 +62,9 @@ def target_of(workload: str) -> Target:
 
 
 def peers_for(workload: str) -> tuple[str, ...]:
-    """Those that can do it: the references read one object."""
+    """Those that can do it."""
     peers = (*MOUNTS, *DOWNLOADS, "native")
-    return (*peers, "loop", "gets") if workload == "sequential" else peers
+    return (*peers, *OBJECT_REFERENCES) if workload == "sequential" else peers
 
 
 def cells(matrix: str, links: list[str], peers: str, workloads: str) -> list[Cell]:

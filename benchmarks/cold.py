@@ -121,6 +121,8 @@ class Cold:
         try:
             if cell.peer in ("loop", "gets"):
                 sample = reference(cell.peer, cell.label, link, work, target, number)
+            elif cell.peer == "fill":
+                sample = self._fill(cell, link, work, target, number)
             else:
                 sample = self._read(cell, link, work, target, number)
         finally:
@@ -160,6 +162,32 @@ class Cold:
             rss_mib=None if cell.peer == "native" else rss_mib,
             ready_seconds=None if cell.peer == "native" else ready_seconds,
             **{name: None if value is None else before_read + value for name, value in first.items()},
+        )
+
+    def _fill(self, cell: Cell, link: Link, work: Path, target: Target, number: int) -> Sample:
+        """`cachefs warm` at a mount; the time has the command's start in it, processor time and memory are the
+        server's and the keeper's. What it brought is compared afterwards."""
+        peer = Cachefs(target)
+        try:
+            path = peer.start(work, link)
+            before = processor_seconds(peer.pids())
+            started = time.perf_counter()
+            peer.fill()
+            seconds = time.perf_counter() - started
+            cpu_seconds, rss_mib = processor_seconds(peer.pids()) - before, peak_rss_mib(peer.pids())
+            result = workloads.run(cell.workload, str(path), CELL_SECONDS_MAX)
+        finally:
+            peer.stop()
+        if result["digest"] != self._data.expected(cell.workload, target):
+            raise BenchError("wrong bytes")
+        return Sample(
+            peer=cell.peer,
+            workload=cell.label,
+            round=number,
+            seconds=seconds,
+            bytes=result["bytes"],
+            cpu_seconds=cpu_seconds,
+            rss_mib=rss_mib,
         )
 
 

@@ -91,6 +91,7 @@ class Cachefs:
         self._state = Path()
         self._environment: dict[str, str] = {}
         self._metrics = ""
+        self._source: list[str] = []
         self._pids: list[int] = []
 
     def _run(self, *arguments: str) -> str:
@@ -108,11 +109,14 @@ class Cachefs:
         """Mounts the source there, also a second time on the same state directory; the path to read."""
         mountpoint.mkdir()
         self._mountpoints.append(mountpoint)
-        source = f"s3://{BUCKET}/{self._target.prefix}"
-        where = [source, str(mountpoint), "--endpoint-url", server.endpoint_url]
-        done = json.loads(self._run("mount", *where, *options, "--json"))
+        source, *where = self._source = [f"s3://{BUCKET}/{self._target.prefix}", "--endpoint-url", server.endpoint_url]
+        done = json.loads(self._run("mount", source, str(mountpoint), *where, *options, "--json"))
         self._pids = [done["server_pid"], done["keeper_pid"]]
         return self._target.under(mountpoint)
+
+    def fill(self) -> None:
+        """All bytes are local afterwards, and nobody has read them."""
+        self._run("warm", *self._source)
 
     def make_warm(self, path: Path) -> None:
         files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]

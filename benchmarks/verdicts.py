@@ -77,13 +77,15 @@ def verdicts(report: Report) -> list[Verdict]:
     what = "faults sequential: against the same link without faults"
     found += _against(report, what, "faults sequential", (OURS, "slow sequential"), 0.6)
     for link, most in (("loopback", 1.0), ("tls", 1.3)):
-        cpu = _median(report, f"{link} sequential", lambda sample: sample.cpu_seconds_per_gib)
-        if cpu is not None:
-            what = f"{link} sequential: CPU seconds per GiB, serving included (the aim is without)"
-            found.append(Verdict(what, cpu, most, at_most=True))
+        for peer, how in (("fill", "to fetch, check and store"), (OURS, "with serving, which the aim is without")):
+            cpu = _median(report, f"{link} sequential", lambda sample: sample.cpu_seconds_per_gib, peer)
+            if cpu is not None:
+                found.append(Verdict(f"{link} sequential: CPU seconds per GiB {how}", cpu, most, at_most=True))
     for link in ("loopback", "slow", "constrained"):
         found += _first_bytes(report, link)
-    sizes = [sample.rss_mib for sample in report.samples if sample.peer == OURS and sample.rss_mib is not None]
+    sizes = [
+        sample.rss_mib for sample in report.samples if sample.peer in (OURS, "fill") and sample.rss_mib is not None
+    ]
     if sizes:
         found.append(Verdict("peak RSS of server and keeper, MiB", max(sizes), RSS_MIB_MAX, at_most=True))
     return found

@@ -60,7 +60,7 @@ def test_an_unknown_name_is_refused(peers: str, workloads: str) -> None:
 
 def test_references_have_no_directory_to_read() -> None:
     full = cells("full", ["loopback"], "", "")
-    assert {cell.workload for cell in full if cell.peer in ("loop", "gets")} == {"sequential"}
+    assert {cell.workload for cell in full if cell.peer in ("loop", "gets", "fill")} == {"sequential"}
 
 
 @pytest.mark.parametrize("total", [1, MIB, 16 * MIB, 1000 * MIB + 7])
@@ -139,6 +139,18 @@ def test_first_bytes_are_compared_with_a_direct_get() -> None:
     )
     found = [one for one in verdicts(made) if "4 KiB" in one.what]
     assert [(one.wanted, one.kept) for one in found] == [(50.0, True), (50.0, False)]
+
+
+def test_processor_time_of_fills_is_judged_beside_that_with_serving() -> None:
+    made = report(
+        sample("cachefs", "tls sequential", 1.0, cpu_seconds=1.5),
+        sample("fill", "tls sequential", 1.0, cpu_seconds=1.15, rss_mib=500.0),
+    )
+    found = {one.what: one for one in verdicts(made)}
+    fetched = found["tls sequential: CPU seconds per GiB to fetch, check and store"]
+    served = found["tls sequential: CPU seconds per GiB with serving, which the aim is without"]
+    assert (fetched.kept, served.kept) == (True, False)
+    assert not next(one for what, one in found.items() if "peak RSS" in what).kept
 
 
 def test_failures_and_notes_stand_below_the_table() -> None:
