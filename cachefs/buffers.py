@@ -18,10 +18,16 @@ BUFFERS = 34
 """272 MiB in all: 24 GETs in flight, some being written, and some for readers of other sources."""
 
 OWNER_SHARE = 0.75
-"""Most that one owner takes of what is free or its own: 24 of 34 for a hung source, 6 more for a second one."""
+"""Most that one owner takes of what is free, its own or being written: 24 of 34 for a hung source, 6 more for a second
+one."""
 
-DISK_SHARE = 1 / 12
-"""Left for chunks that come from the disk, however many sources hang: 2 of 34."""
+RESERVE_SHARE = 1 / 12
+"""2 of 34 are left for chunks that come from the disk, however many sources hang, and 2 more for owners that have none,
+however many chunks wait for the disk."""
+
+WRITES = "writes"
+"""The owner of what waits for the disk; no source's identity. Who is only slow to be written takes nothing of a share:
+at 30 ms and 90 MB/s a connection 24 GETs were not in flight for want of buffers, 1.16 GB/s instead of 1.11."""
 
 
 class Buffer:
@@ -77,12 +83,13 @@ class BufferPool:
         available = self.available
         if owner is None:
             return available > 0
-        available -= int(self.count * DISK_SHARE)
+        reserve = int(self.count * RESERVE_SHARE)
+        available -= reserve
         if available <= 0:
             return False
         mine = self._taken[owner]
         # At least one each, so that a tiny pool still works.
-        return mine == 0 or mine < OWNER_SHARE * (available + mine)
+        return mine == 0 or (available > reserve and mine < OWNER_SHARE * (available + mine + self._taken[WRITES]))
 
     def take_nowait(self, owner: str | None) -> Buffer | None:
         """A buffer, or None when the owner may have none now. The longest held buffer is reclaimed if need be."""
@@ -148,6 +155,7 @@ class BufferPool:
         self._untake(buffer)
         buffer.owner = owner
         self._taken[owner] += 1
+        self._serve()
 
     def discard(self, buffer: Buffer) -> None:
         """A thread may still write into this buffer: never use it again, make a new one when one is needed."""

@@ -10,7 +10,7 @@ import xxhash
 
 from cachefs import chunk
 from cachefs.blobs import ABSENT, CHECKED, COMMITTED, WRITTEN, Blobs, CachedObject
-from cachefs.buffers import Buffer, BufferPool
+from cachefs.buffers import WRITES, Buffer, BufferPool
 from cachefs.committer import Committer
 from cachefs.config import ServerConfig
 from cachefs.errors import CachefsError, IntegrityError, ObjectChanged, Offline, StoreUnavailable, WorkFailed
@@ -212,6 +212,7 @@ class Fills:
                 self.pool.charge(fill.buffer, fill.object_id.source)
                 await self._fetch(fill)
                 self._release_budget(fill)
+                self.pool.charge(fill.buffer, WRITES)
                 fill.full()
                 await self._keep(fill, cached)
             fill.finish()

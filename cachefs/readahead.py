@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from cachefs.chunk import CHUNK_BYTES, MIB, chunk_count
 from cachefs.formats import Layout
 
-WINDOWS = (0, 2, 4, 8, 24)
+WINDOWS = (0, 2, 4, 8, 27)
 """Chunks ahead of the reader, step by step. At 30 ms and 90 MB/s per connection 16 GETs bring 1.1 GB/s and 24 bring
-1.4; what the link has no use for is held back (pace.py)."""
+1.4 (pace.LIMIT_MAX), and some chunks have come and wait for the reader; what the link has no use for is held back
+(pace.py). With 30 the buffers of chunks that wait are taken from them, and they are read again from the disk."""
 
 STEP_BYTES = MIB // 2
 """Bytes read in sequence that widen the window by one step: 2 MiB to the full window, while the few hundred KiB

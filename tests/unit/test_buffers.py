@@ -7,7 +7,7 @@ import pytest
 import trio
 import trio.testing
 
-from cachefs.buffers import Buffer, BufferPool
+from cachefs.buffers import WRITES, Buffer, BufferPool
 
 BYTES = 4096
 
@@ -52,6 +52,44 @@ def test_one_owner_never_takes_all() -> None:
     assert min(counts) >= 1
     assert pool.take_nowait(None) is not None
     pool.check_invariants()
+
+
+def test_what_waits_for_the_disk_takes_nothing_of_a_share_but_the_last_ones_are_for_others() -> None:
+    pool = BufferPool(BYTES, 34)
+
+    def take_all(owner: str) -> int:
+        count = 0
+        while (buffer := pool.take_nowait(owner)) is not None:
+            taken.append(buffer)
+            count += 1
+        return count
+
+    taken: list[Buffer] = []
+    assert take_all("a") == 24
+    for buffer in taken[:4]:
+        pool.charge(buffer, WRITES)
+    assert take_all("a") == 4
+    for buffer in taken[4:]:
+        pool.charge(buffer, WRITES)
+    assert take_all("a") == 2
+    assert [take_all(owner) for owner in ("b", "c", "d")] == [1, 1, 0]
+    assert [pool.take_nowait(None) is not None for _ in range(3)] == [True, True, False]
+    pool.check_invariants()
+
+
+def test_who_is_at_his_share_gets_a_buffer_when_one_of_his_waits_for_the_disk() -> None:
+    async def scenario() -> None:
+        pool = BufferPool(BYTES, 34)
+        taken = [buffer for _ in range(24) if (buffer := pool.take_nowait("a")) is not None]
+        assert len(taken) == 24
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pool.take, "a", 1)
+            await trio.testing.wait_all_tasks_blocked()
+            pool.check_invariants()
+            pool.charge(taken[0], WRITES)
+        pool.check_invariants()
+
+    trio.run(scenario)
 
 
 @pytest.mark.parametrize("count", [1, 2])

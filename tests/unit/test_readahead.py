@@ -8,6 +8,7 @@ from cachefs.formats import Layout
 from cachefs.readahead import STREAMS_MAX, WINDOWS, Readahead
 
 GIB = 1024 * MIB
+FULL = WINDOWS[-1]
 
 
 def test_first_read_at_the_start_wants_the_next_two_chunks():
@@ -22,8 +23,8 @@ def test_sequential_reader_reaches_the_full_window_within_two_mebibytes():
     for number in range(4):
         readahead.advance(number * MIB // 2, MIB // 2, GIB)
         widths.append(len(readahead.wanted()))
-    assert widths == [4, 8, 24, 24]
-    assert list(readahead.wanted()) == list(range(1, 25))
+    assert widths == [4, 8, FULL, FULL]
+    assert list(readahead.wanted()) == list(range(1, 1 + FULL))
 
 
 def test_random_small_reads_want_nothing():
@@ -40,7 +41,7 @@ def test_far_seek_keeps_the_earlier_window():
     readahead.advance(64 * CHUNK_BYTES, MIB, GIB)
     wanted = list(readahead.wanted())
     assert wanted[:4] == [65, 66, 67, 68]  # the stream in use comes first
-    assert wanted[4:] == list(range(1, 25))
+    assert wanted[4:] == list(range(1, 1 + FULL))
 
 
 def test_going_back_to_an_earlier_stream_goes_on_with_its_window():
@@ -49,14 +50,14 @@ def test_going_back_to_an_earlier_stream_goes_on_with_its_window():
         readahead.advance(number * MIB, MIB, GIB)
     readahead.advance(64 * CHUNK_BYTES, 4096, GIB)
     readahead.advance(8 * MIB, MIB, GIB)
-    assert list(readahead.wanted())[:24] == list(range(2, 26))
+    assert list(readahead.wanted())[:FULL] == list(range(2, 2 + FULL))
 
 
 def test_reads_that_overtake_each_other_stay_one_stream():
     readahead = Readahead()
     for number in (0, 2, 1, 4, 3, 6, 5, 8, 7):
         readahead.advance(number * MIB, MIB, GIB)
-    assert list(readahead.wanted()) == list(range(2, 26))
+    assert list(readahead.wanted()) == list(range(2, 2 + FULL))
 
 
 def test_window_ends_with_the_object():
@@ -102,7 +103,7 @@ def test_huge_tensor_is_wanted_by_the_window():
     layout = Layout([(CHUNK_BYTES, 100 * CHUNK_BYTES), (100 * CHUNK_BYTES, 200 * CHUNK_BYTES)])
     readahead = Readahead()
     readahead.advance(100 * CHUNK_BYTES, 4096, 200 * CHUNK_BYTES, layout)
-    assert list(readahead.wanted()) == list(range(101, 125))
+    assert list(readahead.wanted()) == list(range(101, 101 + FULL))
 
 
 def test_jump_into_the_middle_of_a_tensor_has_to_prove_itself():
@@ -120,7 +121,7 @@ def test_tensor_read_to_its_end_opens_no_other_until_the_reader_gets_there():
     assert list(readahead.wanted()) == []
     for offset in range(stop, stop + 3 * MIB, MIB):
         readahead.advance(offset, MIB, SIZE, TENSORS)
-    assert list(readahead.wanted()) == list(range(41, 65))
+    assert list(readahead.wanted()) == list(range(41, 41 + FULL))
 
 
 def test_layout_changes_nothing_for_a_sequential_reader():
@@ -167,14 +168,14 @@ def test_second_tensor_makes_a_load_and_the_rest_follows_in_file_order():
     readahead = Readahead()
     jump(readahead, 3)
     jump(readahead, 7)
-    assert spares(readahead) == list(range(81, 81 + WINDOWS[-1]))  # until more is read
+    assert spares(readahead) == list(range(81, 81 + FULL))  # until more is read
 
 
 def test_rest_is_never_more_than_what_was_read_and_a_window():
     readahead = Readahead()
     jump(readahead, 3)
     jump(readahead, 7, 5 * CHUNK_BYTES)
-    assert len(spares(readahead)) == WINDOWS[-1] + 5
+    assert len(spares(readahead)) == FULL + 5
     jump(readahead, 9, 2 * CHUNK_BYTES)
     assert len(spares(readahead)) == 2
 
@@ -186,7 +187,7 @@ def test_rest_goes_round_the_file_once_and_then_a_window_behind_its_end():
     for _ in range(40):
         jump(readahead, 7, 10 * CHUNK_BYTES)
     count = chunk_count(SIZE)
-    assert spares(readahead) == [*range(81, count), *range(81), *range(count, count + WINDOWS[-1])]
+    assert spares(readahead) == [*range(81, count), *range(81), *range(count, count + FULL)]
 
 
 def test_local_chunks_do_not_count():
@@ -196,7 +197,7 @@ def test_local_chunks_do_not_count():
     for _ in range(30):
         assert readahead.spare(SIZE) is not None
         readahead.spare_done(started=False)
-    assert len(spares(readahead)) == WINDOWS[-1]
+    assert len(spares(readahead)) == FULL
 
 
 # -- behind the end of the file
@@ -207,8 +208,8 @@ def test_window_goes_on_behind_the_end_for_the_file_that_is_read_next():
     size = 30 * CHUNK_BYTES
     for offset in range(0, size, MIB):
         readahead.advance(offset, MIB, size)
-        assert len(readahead.wanted()) + readahead.beyond() == WINDOWS[-1] or offset < 2 * MIB
-    assert readahead.beyond() == WINDOWS[-1]
+        assert len(readahead.wanted()) + readahead.beyond() == FULL or offset < 2 * MIB
+    assert readahead.beyond() == FULL
 
 
 def test_header_of_a_small_file_opens_nothing_behind_it():
@@ -236,13 +237,13 @@ def test_any_layout_and_any_reads_want_what_exists_within_the_bounds(tensors, re
         if number == known_from:
             readahead.learned(size, layout)
         wanted = list(readahead.wanted())
-        assert len(wanted) == len(set(wanted)) <= STREAMS_MAX * WINDOWS[-1]
+        assert len(wanted) == len(set(wanted)) <= STREAMS_MAX * FULL
         assert all(0 <= index < chunk_count(size) for index in wanted)
-        assert 0 <= readahead.beyond() <= WINDOWS[-1]
+        assert 0 <= readahead.beyond() <= FULL
         found = spares(readahead, size)
-        assert all(0 <= index < chunk_count(size) + WINDOWS[-1] for index in found)
+        assert all(0 <= index < chunk_count(size) + FULL for index in found)
         taken += len(found)
-    assert taken <= WINDOWS[-1] + sum(length for _, length in reads) // CHUNK_BYTES
+    assert taken <= FULL + sum(length for _, length in reads) // CHUNK_BYTES
 
 
 @settings(deadline=None)
@@ -255,5 +256,5 @@ def test_wanted_chunks_exist_are_unique_and_bounded(size, reads):
     for offset, length in reads:
         readahead.advance(offset, length, size)
         wanted = list(readahead.wanted())
-        assert len(wanted) == len(set(wanted)) <= STREAMS_MAX * WINDOWS[-1]
+        assert len(wanted) == len(set(wanted)) <= STREAMS_MAX * FULL
         assert all(0 <= index < chunk_count(size) for index in wanted)

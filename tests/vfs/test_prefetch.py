@@ -9,11 +9,13 @@ import trio.testing
 
 from cachefs.chunk import CHUNK_BYTES, MIB, ObjectId
 from cachefs.prefetch import Prefetcher
+from cachefs.readahead import WINDOWS
 from cachefs.store import Store
 from tests.support.memory_store import MemoryStore
 from tests.vfs.stage import Mount
 
 STORE: Store = MemoryStore()
+FULL = WINDOWS[-1]
 
 
 def an_object(name: str, chunks: int = 100) -> ObjectId:
@@ -70,8 +72,8 @@ def test_window_is_offered_in_order_and_never_blocks_the_reader():
     async def test(prefetcher: Prefetcher) -> None:
         read_on(prefetcher, 1, "a")
         assert budget.started == []  # the reader's own demand starts first: offers wait for its first await
-        await settle(prefetcher, budget, 24)
-        assert budget.started == [("a", index) for index in range(1, 25)]
+        await settle(prefetcher, budget, FULL)
+        assert budget.started == [("a", index) for index in range(1, 1 + FULL)]
 
     run(test, budget)
 
@@ -82,7 +84,7 @@ def test_readers_take_turns():
     async def test(prefetcher: Prefetcher) -> None:
         for handle in range(4):
             read_on(prefetcher, handle, "abcd"[handle])
-        await settle(prefetcher, budget, 96)
+        await settle(prefetcher, budget, 100)
         assert {name for name, _ in budget.started[:4]} == set("abcd")
         assert {name for name, _ in budget.started[4:8]} == set("abcd")
 
@@ -96,11 +98,11 @@ def test_refused_reader_does_not_hold_up_another_and_goes_on_when_there_is_room(
     async def test(prefetcher: Prefetcher) -> None:
         read_on(prefetcher, 1, "hung")
         read_on(prefetcher, 2, "fine")
-        await settle(prefetcher, budget, 24)
+        await settle(prefetcher, budget, FULL)
         assert {name for name, _ in budget.started} == {"fine"}
         budget.refused.clear()
-        await settle(prefetcher, budget, 48)
-        assert budget.started[24:] == [("hung", index) for index in range(1, 25)]
+        await settle(prefetcher, budget, 2 * FULL)
+        assert budget.started[FULL:] == [("hung", index) for index in range(1, 1 + FULL)]
 
     run(test, budget)
 
@@ -110,7 +112,7 @@ def test_used_up_budget_is_used_again_as_it_frees():
 
     async def test(prefetcher: Prefetcher) -> None:
         read_on(prefetcher, 1, "a")
-        for wanted in range(3, 25):
+        for wanted in range(3, 1 + FULL):
             await settle(prefetcher, budget, wanted)
             assert len(budget.started) == wanted
             budget.room += 1
@@ -128,7 +130,7 @@ def test_released_handle_is_offered_no_more():
         prefetcher.forget(1)
         prefetcher.forget(1)
         budget.room = 100
-        await settle(prefetcher, budget, 24)
+        await settle(prefetcher, budget, FULL)
         assert {name for name, _ in budget.started} == {"b"}
 
     run(test, budget)
