@@ -24,7 +24,7 @@ from .cells import Cell, available, cells, order_of, target_of
 from .demo import DemoFailed, model_directory
 from .downloads import Download, JuicefsCold, JuicefsImport, RcloneCopy, S5cmd
 from .frame import RESULTS, run_and_publish
-from .harness import BUCKET, MIB, BenchError, Target, machine, peak_rss_mib, processor_seconds, program
+from .harness import BUCKET, MIB, BenchError, Target, find_memory, machine, peak_rss_mib, processor_seconds, program
 from .links import PLANS, Link, links
 from .peers import Cachefs, Foreground, Geesefs, MountS3, Native, Peer, Rclone, S3fs
 from .report import Failure, Report, Sample, now
@@ -34,6 +34,8 @@ CELL_SECONDS_MAX = 300.0
 CELL_ERRORS = (BenchError, RuntimeError, subprocess.TimeoutExpired, OSError)
 """End the cell in which they come, not the run."""
 SHARDS = 4
+FRESH_BYTES = 384 * MIB
+"""What a mount takes; besides, the bytes that it serves are in the page cache, and some are also in the reader."""
 VERSIONS = {
     "rclone": ["rclone", "version"],
     "s3fs": ["s3fs", "--version"],
@@ -80,6 +82,11 @@ class Data:
         return (self.bucket / kind).is_dir()
 
     @functools.cache  # noqa: B019 -- one object in a run
+    def bytes_of(self, target: Target) -> int:
+        """All files of its prefix."""
+        return sum(path.stat().st_size for path in (self.bucket / target.prefix).rglob("*") if path.is_file())
+
+    @functools.cache  # noqa: B019 -- one object in a run
     def expected(self, workload: str, target: Target) -> str:
         """The digest that a workload must give."""
         path = target.under(self.bucket / target.prefix)
@@ -117,6 +124,7 @@ class Cold:
         target = target_of(cell.workload)
         work = self._work / f"{number}-{cell.link}-{cell.workload}-{cell.peer}"
         work.mkdir(parents=True)
+        find_memory(FRESH_BYTES + 3 * self._data.bytes_of(target) // 2)
         position = link.log_position()
         try:
             if cell.peer in ("loop", "gets"):

@@ -43,10 +43,10 @@ class Loop:
         self._environment = lmdb.open(str(work / "index"), map_size=1 << 30, metasync=False)
         self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[int, bytes] | BaseException] = queue.SimpleQueue()
-        # The cache's own, touched before the first use and used again for every chunk.
-        self._buffers = [Buffer(CHUNK_BYTES).view for _ in range(CONNECTIONS)]
-        for buffer in self._buffers:
-            buffer[:] = bytes(CHUNK_BYTES)
+        # The cache's own, used again for every chunk; as there, one has its memory before the first use.
+        buffers = [Buffer(CHUNK_BYTES) for _ in range(CONNECTIONS)]
+        buffers[0].populate()
+        self._buffers = [buffer.view for buffer in buffers]
 
     def run(self) -> None:
         count = chunk_count(self._object_id.size)
