@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import mmap
 import os
 import platform
 import re
@@ -96,18 +95,8 @@ def is_mounted(path: Path) -> bool:
 
 
 def find_memory(size: int) -> None:
-    """Has the machine find `size` bytes, or half of what is free, and lets go of them: the next turn gets them.
-
-    The host of a virtual machine may have them to find: that took 19 ms for 8 MiB where 0.4 are usual, and whom it
-    befell was chance.
-    """
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    length = max(mmap.PAGESIZE, min(size, free // 2))
-    with mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        with open("/dev/zero", "rb", buffering=0) as zeros, memoryview(memory) as view:
-            zeros.readinto(view)
+    """See benchmarks/memory.py."""
+    subprocess.run([sys.executable, "-m", "benchmarks.memory", str(size)], check=True, timeout=120)
 
 
 def wait_for(condition: Callable[[], bool], what: str, deadline_s: float = 60.0) -> None:
