@@ -1,6 +1,7 @@
 """A ChunkCache on a real directory, for tests: opened, run and closed around a block."""
 
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from cachefs.config import ServerConfig
 from cachefs.index import Index
 from cachefs.metrics import Metrics
 from cachefs.offload import Offload
+from cachefs.tier import BlobStat
 from cachefs.tier.local import LocalTier
 
 MIB = 1024 * 1024
@@ -24,6 +26,19 @@ def config_for(state: Path, **options: object) -> ServerConfig:
         runtime_dir=state / "run",
         **{"cache_bytes_max": 1024 * MIB, **options},  # type: ignore[arg-type]
     )
+
+
+class BusyDisk(LocalTier):
+    """Writes nothing while `writes` is clear."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, capacity_bytes=1024 * MIB, free_fraction_min=0.0)
+        self.writes = threading.Event()
+        self.writes.set()
+
+    def write(self, name: str, size: int, offset: int, data: memoryview, *, create: bool) -> BlobStat:
+        assert self.writes.wait(TIMEOUT_S)
+        return super().write(name, size, offset, data, create=create)
 
 
 @contextlib.asynccontextmanager

@@ -2,7 +2,6 @@
 
 import os
 import random
-import threading
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +9,7 @@ import trio
 
 from cachefs.chunk import CHUNK_BYTES
 from cachefs.errors import IsADirectory, NotADirectory, NotFound, ObjectChanged, ReadOnly
-from cachefs.tier.local import LocalTier
+from tests.support.caches import BusyDisk
 from tests.support.memory_store import MemoryStore
 from tests.vfs.stage import Mount
 
@@ -227,24 +226,11 @@ def test_object_that_is_gone_fails_its_handle_as_stale_and_leaves_the_listing(mo
     trio.run(main)
 
 
-class _BusyDisk(LocalTier):
-    """Writes nothing while `writes` is clear."""
-
-    def __init__(self, directory):
-        super().__init__(directory, capacity_bytes=1024 * 1024 * 1024, free_fraction_min=0.0)
-        self.writes = threading.Event()
-        self.writes.set()
-
-    def write(self, *args, **kwargs):
-        assert self.writes.wait(60)
-        return super().write(*args, **kwargs)
-
-
 def test_hung_source_holds_up_no_other_volume_and_no_bytes_that_are_here(tmp_path):
     mount = Mount(tmp_path, at_root=True)
     hung = MemoryStore({"big": DATA, "local": b"here", "buffered": b"not written yet"}, bucket="hung")
     other = MemoryStore({"file": b"other bytes"}, bucket="other")
-    disk = _BusyDisk(tmp_path / "blobs")
+    disk = BusyDisk(tmp_path / "blobs")
 
     async def main():
         async with mount.server(hung, other, tier=disk) as stage:
