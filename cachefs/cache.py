@@ -294,14 +294,16 @@ class ChunkCache:
         self._blobs.forget_if_empty(cached)
         return started
 
-    async def ensure(self, store: Store, object_id: ObjectId, index: int) -> None:
-        """Wait until a chunk is local and its record committed. Raises as read() does, and NoSpace."""
+    async def ensure(self, store: Store, object_id: ObjectId, index: int, *, committed: bool = True) -> None:
+        """Wait until a chunk is local and, if `committed`, its record is. Raises as read() does, and NoSpace."""
         patience = Patience(self._config)
         while True:
             cached = self._blobs.use(object_id)
             if cached.states[index] in (COMMITTED, CHECKED):
                 return
             if cached.states[index] == WRITTEN:
+                if not committed:
+                    return
                 await self._committer.wait(cached, index)
                 if cached.states[index] == ABSENT:
                     raise NoSpace(f"{object_id.path}: chunk {index} could not be kept")
@@ -326,6 +328,10 @@ class ChunkCache:
                 raise NoSpace(f"{object_id.path}: there is no room for chunk {index}")
             if fill.phase is not Phase.KEPT:
                 await self._retry_or_raise(fill, patience)
+
+    async def flush(self) -> None:
+        """Wait until what is written is committed, or is not local any more because that failed."""
+        await self._committer.flush()
 
     # -- what is local
 

@@ -76,9 +76,9 @@ class Committer:
                 return
 
     async def flush(self) -> None:
-        """Until all that was added is committed."""
-        while self._queue or self._batch:
-            await (self._queue or self._batch)[-1].committed.wait()
+        """Until all that was added so far is committed, in order; what others add meanwhile is not waited for."""
+        if last := self._queue or self._batch:
+            await last[-1].committed.wait()
 
     async def run(self) -> None:
         while True:

@@ -25,7 +25,7 @@ from cachefs.errors import (
 )
 from cachefs.index import RESERVE_BYTES
 from cachefs.pace import LIMIT_START, SPARE_START
-from tests.support.caches import BusyDisk, content, opened_cache, run, until
+from tests.support.caches import content, opened_cache, run, until
 from tests.support.memory_store import MemoryStore
 
 CHUNK = 16 * 1024
@@ -397,53 +397,6 @@ def test_a_budget_of_nothing_is_no_background_fill(tmp_path: Path) -> None:
             assert cache.offer(store, store.id_of("a"), 1)  # nobody need ask again
             assert bytes(await cache.read(store, store.id_of("a"), 0, 10)) == content(10)
         assert store.get_count == 1
-
-    run(scenario)
-
-
-def test_a_hung_source_leaves_the_others_a_share_of_prefetch(tmp_path: Path) -> None:
-    hung = MemoryStore({"a": content(60 * CHUNK)}, bucket="hung")
-    well = MemoryStore({"b": content(4 * CHUNK, 2)}, bucket="well")
-    of_hung, of_well = hung.id_of("a"), well.id_of("b")
-
-    async def scenario() -> None:
-        async with opened_cache(tmp_path, buffers=34, prefetch_bytes=16 * CHUNK) as cache:
-            with hung.gets.held():
-                while cache.offer(hung, of_hung, hung.gets.waiting):
-                    await trio.testing.wait_all_tasks_blocked(0.01)
-                async with trio.open_nursery() as nursery:
-                    for n in range(30, 60):  # they wait for buffers, at their source's share
-                        nursery.start_soon(cache.read, hung, of_hung, n * CHUNK, 10)
-                    await trio.testing.wait_all_tasks_blocked(0.01)
-                    for index in range(4):
-                        assert cache.offer(well, of_well, index)
-                        await until(functools.partial(cache.is_local, of_well, index))
-                    cache.check_invariants()
-                    hung.gets.open()
-
-    run(scenario)
-
-
-def test_chunks_that_are_being_written_take_nothing_of_what_is_in_flight(tmp_path: Path) -> None:
-    store = MemoryStore({"a": content(60 * CHUNK)})
-    disk = BusyDisk(tmp_path / "blobs")
-
-    async def scenario() -> None:
-        async with opened_cache(tmp_path, buffers=34, tier=disk) as cache:
-            disk.writes.clear()
-            for n in range(6):
-                await cache.read(store, store.id_of("a"), n * CHUNK, 10)
-            with store.gets.held():
-                async with trio.open_nursery() as nursery:
-                    for n in range(6, 60):
-                        nursery.start_soon(cache.read, store, store.id_of("a"), n * CHUNK, 10)
-                    await until(lambda: store.gets.waiting == 24)
-                    await trio.testing.wait_all_tasks_blocked(0.01)
-                    assert store.gets.waiting == 24
-                    cache.check_invariants()
-                    disk.writes.set()
-                    store.gets.open()
-            cache.check_invariants()
 
     run(scenario)
 

@@ -1,5 +1,6 @@
-"""What many readers of borders between chunks take: memory within a bound, and nothing from other sources."""
+"""What many readers, a hung source or a busy disk take of memory and of buffers: within a bound, and little from others."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from cachefs import chunk
 from cachefs.cache import DISK_PIECES, JOIN_PIECES, ChunkCache
 from cachefs.errors import StoreTimeout
 from tests.model import memory_child
-from tests.support.caches import content, opened_cache, run, until
+from tests.support.caches import BusyDisk, content, opened_cache, run, until
 from tests.support.memory_store import MemoryStore
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +82,55 @@ def test_who_waits_behind_other_borders_gives_up_at_its_deadline_too(tmp_path: P
                     for n in range(1, 40):
                         nursery.start_soon(read, cache, n)
             assert gave_up == 39
+            cache.check_invariants()
+
+    run(scenario)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_hung_source_leaves_the_others_a_share_of_prefetch(tmp_path: Path) -> None:
+    hung = MemoryStore({"a": content(60 * CHUNK)}, bucket="hung")
+    well = MemoryStore({"b": content(4 * CHUNK, 2)}, bucket="well")
+    of_hung, of_well = hung.id_of("a"), well.id_of("b")
+
+    async def scenario() -> None:
+        async with opened_cache(tmp_path, buffers=34, prefetch_bytes=16 * CHUNK) as cache:
+            with hung.gets.held():
+                while cache.offer(hung, of_hung, hung.gets.waiting):
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+                async with trio.open_nursery() as nursery:
+                    for n in range(30, 60):  # they wait for buffers, at their source's share
+                        nursery.start_soon(cache.read, hung, of_hung, n * CHUNK, 10)
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+                    for index in range(4):
+                        assert cache.offer(well, of_well, index)
+                        await until(functools.partial(cache.is_local, of_well, index))
+                    cache.check_invariants()
+                    hung.gets.open()
+
+    run(scenario)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_chunks_that_are_being_written_take_nothing_of_what_is_in_flight(tmp_path: Path) -> None:
+    store = MemoryStore({"a": content(60 * CHUNK)})
+    disk = BusyDisk(tmp_path / "blobs")
+
+    async def scenario() -> None:
+        async with opened_cache(tmp_path, buffers=34, tier=disk) as cache:
+            disk.writes.clear()
+            for n in range(6):
+                await cache.read(store, store.id_of("a"), n * CHUNK, 10)
+            with store.gets.held():
+                async with trio.open_nursery() as nursery:
+                    for n in range(6, 60):
+                        nursery.start_soon(cache.read, store, store.id_of("a"), n * CHUNK, 10)
+                    await until(lambda: store.gets.waiting == 24)
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+                    assert store.gets.waiting == 24
+                    cache.check_invariants()
+                    disk.writes.set()
+                    store.gets.open()
             cache.check_invariants()
 
     run(scenario)
