@@ -27,6 +27,15 @@ class Header(msgspec.Struct, frozen=True, array_like=True):
     had_backing: bool
 
 
+class Remark(enum.Enum):
+    """Table.REMARKS: what the next server must know of an object whose header could not be written."""
+
+    BACKED = b"backed"
+    """The blob has had a backing id."""
+    BAD = b"bad"
+    """Something in the blob is wrong: its seal is not to be believed."""
+
+
 class Pin(msgspec.Struct, frozen=True, array_like=True):
     """Exempts objects from eviction: those of `source` (ObjectId.source) whose path is `path` or lies under it.
 

@@ -144,7 +144,7 @@ class Core:
                 "free_bytes": usage.free_bytes,
                 "objects_total": usage.objects_total,
                 "objects_sealed": usage.objects_sealed,
-                "trouble": usage.trouble,
+                "trouble": usage.trouble or self.index.trouble,
             }
         ]
 
@@ -378,10 +378,15 @@ def _pin_id(source: Source) -> str:
 
 
 @contextlib.asynccontextmanager
-async def open_core(config: ServerConfig, metrics: Metrics, *, session: str) -> AsyncIterator[Core]:
-    """A running core; the caller holds the state directory's lock. Fills in flight are finished at the end."""
+async def open_core(
+    config: ServerConfig, metrics: Metrics, *, session: str, index: Index | None = None
+) -> AsyncIterator[Core]:
+    """A running core; the caller holds the state directory's lock. Fills in flight are finished at the end.
+
+    `index` is the state's, opened; it is closed at the end.
+    """
     offload = Offload()
-    index = Index(config.state_dir / "index")
+    index = index or Index(config.state_dir / "index")
     core: Core | None = None
     try:
         tier = LocalTier(

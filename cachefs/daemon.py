@@ -15,20 +15,22 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import trio
 
 from cachefs import control, fuse, logs
 from cachefs.ahead import Ahead
 from cachefs.config import read_credentials
+from cachefs.control import Method
 from cachefs.core import Core, first_error, open_core
-from cachefs.errors import CachefsError, UsageError, WorkFailed
+from cachefs.errors import CachefsError, UsageError, WorkFailed, is_disk_failure
 from cachefs.hints import Hints
 from cachefs.ledger import Ledger
 from cachefs.link import KeeperLink
 from cachefs.metrics import Metrics, serve_metrics
 from cachefs.notifier import Notifier
+from cachefs.recovery import open_index
 from cachefs.server import Server
 from cachefs.state import remember_size, state_lock
 from cachefs.tree import Tree
@@ -49,6 +51,7 @@ NOT_ON_NODES = ("volume_add", "volume_remove", "upgrade", "stop")
 """Requests of a local mount: on a node volumes are published, and the mount is the keeper's."""
 
 METRICS_AGAIN_S = 2.0
+CONTROL_AGAIN_S = 2.0
 
 log = logging.getLogger("cachefs.daemon")  # __name__ is "__main__" here
 
@@ -68,9 +71,11 @@ def main(arguments: list[str]) -> int:
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)  # where a server that hangs hangs
     log.info("server %d of this mount starts (keeper %d)", link.session.generation, link.session.keeper_pid)
     try:
-        with state_lock(server.state_dir, wait_s=_lock_wait_s(link)):
-            remember_size(server.state_dir, server.cache_bytes_max)
-            trio.run(functools.partial(_run, link), restrict_keyboard_interrupt_to_checkpoints=True)
+        resumes = not link.session.never_served
+        with state_lock(server.state_dir, wait_s=_lock_wait_s(link), resumes=resumes) as trouble:
+            if not trouble:
+                remember_size(server.state_dir, server.cache_bytes_max)
+            trio.run(functools.partial(_run, link, trouble), restrict_keyboard_interrupt_to_checkpoints=True)
     except BaseException as exc:
         error = first_error(exc)
         if isinstance(error, CachefsError):
@@ -97,13 +102,15 @@ def _lock_wait_s(link: KeeperLink) -> float:
     return LOCK_WAIT_S if link.session.generation else 0.0
 
 
-async def _run(link: KeeperLink) -> None:
+async def _run(link: KeeperLink, trouble: str) -> None:
+    """`trouble`: why the state directory cannot be written, or ""."""
     session = link.session
     config = session.config
     ledger = Ledger(session.ledger_fd)
     metrics = Metrics(ledger.counters)
-    async with open_core(config.server, metrics, session=config.session) as core:
-        tree = Tree(core.index, core.offload, core.snapshots, volumes_at_root=config.as_root)
+    index = open_index(config.server, session=config.session, resumes=not session.never_served, trouble=trouble)
+    async with open_core(config.server, metrics, session=config.session, index=index) as core:
+        tree = Tree(core.index, core.offload, core.snapshots, volumes_at_root=config.as_root, mark=ledger)
         notifier = Notifier(session.fuse_fd)
         vfs = Vfs(
             tree=tree,
@@ -164,7 +171,7 @@ async def _serve(
                 nursery.start_soon(_serve_metrics_again, server, config.server.metrics)
         ended = trio.Event()
         await nursery.start(_serve_fuse, vfs, link, stop, ended)
-        await nursery.start(control.serve, config.server.runtime_dir, methods)
+        await nursery.start(_serve_control, link, methods)
         if not link.on_node:
             nursery.start_soon(server.watch_binds)
         link.ready()
@@ -193,6 +200,28 @@ async def _serve_metrics_again(server: Server, address: str) -> None:
                 log.warning("no metrics for now: %s", exc)
             told = True
         await trio.sleep(METRICS_AGAIN_S)
+
+
+async def _serve_control(
+    link: KeeperLink, methods: Mapping[str, Method], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """That the runtime directory lies on a disk that has become read-only must not keep a mount from coming back."""
+    told = False
+    async with trio.open_nursery() as nursery:
+        while True:
+            try:
+                await nursery.start(control.serve, link.session.config.server.runtime_dir, methods)
+                break
+            except OSError as exc:
+                if link.session.never_served or not is_disk_failure(exc.errno):
+                    raise
+                if not told:
+                    log.warning("no command is answered for now: %s", exc)
+                    task_status.started()
+                told = True
+            await trio.sleep(CONTROL_AGAIN_S)
+        if not told:
+            task_status.started()
 
 
 async def _serve_fuse(

@@ -6,6 +6,13 @@ turns it into an exit code. A message is one line that says what to do.
 
 import errno
 
+DISK_FAILURES = frozenset({errno.EROFS, errno.EIO, errno.EUCLEAN, errno.ENOSPC, errno.EDQUOT})
+
+
+def is_disk_failure(number: int | None) -> bool:
+    """Whether a system call that failed with this errno says that a disk takes no writes: read-only, failing, full."""
+    return number in DISK_FAILURES
+
 
 def printable(text: str) -> str:
     """Without control characters: stores send line ends, and escape sequences for the terminal, in keys and headers."""
@@ -98,6 +105,10 @@ class NoSpace(CachefsError):
     errno = errno.ENOSPC
 
 
+class IndexUnwritable(NoSpace):
+    """The disk takes no records: it is full, read-only or failing. What is in the index can be read."""
+
+
 class WorkFailed(CachefsError):
     """The request was right, the work failed: exit code 1."""
 
@@ -111,6 +122,10 @@ class UsageError(CachefsError):
 
 class StateBusy(UsageError):
     """Another live server or command holds the state directory."""
+
+
+class StateUnwritable(UsageError):
+    """The disk of the state directory takes no writes: it is read-only, full or failing. It may be readable."""
 
 
 class StateDamaged(UsageError):

@@ -8,13 +8,21 @@ are in the kernel's page cache) and a power cut if it was applied with `durable=
 import contextlib
 import enum
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lmdb
 
-from cachefs.errors import NoSpace, StateDamaged, StateTooNew, UsageError
+from cachefs.errors import (
+    IndexUnwritable,
+    NoSpace,
+    StateDamaged,
+    StateTooNew,
+    StateUnwritable,
+    UsageError,
+    is_disk_failure,
+)
 
 FORMAT_VERSION = 1
 MAP_BYTES = 64 * 1024**3
@@ -40,7 +48,12 @@ class Table(enum.Enum):
     NAMES = b"names"  # digest of (view, path) -> inode, 4 bytes big endian
     LISTINGS = b"listings"  # digest of (source, directory) -> snapshot.Listing
     VOLUMES = b"volumes"  # volume name -> volume record
+    REMARKS = b"remarks"  # ObjectId.key -> one of cached.Remark: what must be known where no header can be written
     PLANS = b"plans"  # (later) object set -> plan
+
+
+NEXT_INODE = b"next_inode"
+"""In META: the lowest inode number that was never given out."""
 
 
 class Write(NamedTuple):
@@ -54,33 +67,54 @@ class Write(NamedTuple):
 class Index:
     """One open environment. Reads are cheap (under 1 us) and may run anywhere; writes block on the disk."""
 
-    def __init__(self, directory: Path, *, map_bytes: int = MAP_BYTES) -> None:
-        """Open or create `directory/data.mdb`. Raises StateTooNew for a newer format, StateDamaged, UsageError."""
-        self._directory = directory
-        try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _allocate(directory / "lock.mdb", 0, LOCK_BYTES)
-            self._env = lmdb.open(
-                os.fspath(directory),
-                map_size=map_bytes,
-                max_dbs=len(Table),
-                max_readers=1024,
-                metasync=False,
-                mode=0o600,
-            )
-            self._reserve(directory / "data.mdb")
-            _close_on_exec(directory / "data.mdb")
-            self._env.reader_check()  # slots of processes that were killed
-            with self._env.begin(write=True) as txn:  # one sync for all that are new: it takes 1 to 5 ms on many disks
-                self._tables = {table: self._env.open_db(table.value, txn=txn) for table in Table}
-            self._check_format(directory)
-        except (lmdb.DiskError, OSError) as exc:
-            raise UsageError(f"the index {directory} cannot be opened ({exc}): make room, or mend the disk") from exc
-        except lmdb.Error as exc:
-            raise self._damaged(exc) from exc
+    def __init__(
+        self, directory: Path, *, map_bytes: int = MAP_BYTES, reserve_bytes: int = RESERVE_BYTES, read_only: str = ""
+    ) -> None:
+        """Open or create `directory/data.mdb`; `read_only` is why nothing is to be written there.
 
-    def _reserve(self, path: Path) -> None:
-        """RESERVE_BYTES beyond what the header says. Raises CorruptedError if the file is cut off.
+        Raises StateTooNew for a newer format, StateDamaged, StateUnwritable, UsageError.
+        """
+        self._directory = directory
+        self.read_only = read_only
+        try:
+            with contextlib.ExitStack() as undo:
+                if not read_only:
+                    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    _allocate(directory / "lock.mdb", 0, LOCK_BYTES)
+                self._env = self._open(map_bytes)
+                undo.callback(self._env.close)
+                self._reserve(directory / "data.mdb", reserve_bytes)
+                _close_on_exec(directory / "data.mdb")
+                self._tables = self._open_tables()
+                self._check_format(directory)
+                undo.pop_all()
+        except (lmdb.Error, OSError) as exc:
+            failure = _is_disk_failure(exc)
+            if not failure and isinstance(exc, lmdb.Error):
+                raise self._damaged(exc) from exc
+            kind = StateUnwritable if failure else UsageError
+            raise kind(f"the index {directory} cannot be opened ({exc}): make room, or mend the disk") from exc
+
+    def _open(self, map_bytes: int) -> lmdb.Environment:
+        path = os.fspath(self._directory)
+        if self.read_only:
+            # No table of readers, which would have to be written: nobody writes while the caller holds the state.
+            return lmdb.open(path, map_size=map_bytes, max_dbs=len(Table), readonly=True, lock=False)
+        return lmdb.open(path, map_size=map_bytes, max_dbs=len(Table), max_readers=1024, metasync=False, mode=0o600)
+
+    def _open_tables(self) -> dict[Table, Any]:
+        found: dict[Table, Any] = {}
+        if self.read_only:
+            for table in Table:
+                with contextlib.suppress(lmdb.NotFoundError):  # an older version has not made it: it is empty
+                    found[table] = self._env.open_db(table.value, create=False)
+            return found
+        self._env.reader_check()  # slots of processes that were killed
+        with self._env.begin(write=True) as txn:  # one sync for all that are new: it takes 1 to 5 ms on many disks
+            return {table: self._env.open_db(table.value, txn=txn) for table in Table}
+
+    def _reserve(self, path: Path, reserve_bytes: int) -> None:
+        """So many bytes beyond what the header says. Raises CorruptedError if the file is cut off.
 
         Reading behind its end would be SIGBUS. It may end a little early: pages that a transaction took and gave
         back are never written.
@@ -88,8 +122,9 @@ class Index:
         used_bytes = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
         if path.stat().st_size < used_bytes - NEVER_WRITTEN_BYTES:
             raise lmdb.CorruptedError(f"{path} is cut off")
-        with contextlib.suppress(OSError):  # full already
-            _allocate(path, used_bytes, used_bytes + RESERVE_BYTES)
+        if not self.read_only:
+            with contextlib.suppress(OSError):  # full already
+                _allocate(path, used_bytes, used_bytes + reserve_bytes)
 
     def _damaged(self, exc: lmdb.Error) -> StateDamaged:
         return StateDamaged(
@@ -99,16 +134,17 @@ class Index:
 
     def _check_format(self, directory: Path) -> None:
         found = self.get(Table.META, b"format")
-        if found is None:
+        if found is None and not self.read_only:
             self.apply([Write(Table.META, b"format", str(FORMAT_VERSION).encode())], durable=True)
-        elif int(found) > FORMAT_VERSION:
-            self._env.close()
+        elif found is not None and int(found) > FORMAT_VERSION:
             raise StateTooNew(
                 f"{directory} has state format {int(found)}, this version reads up to {FORMAT_VERSION}: "
                 "use the newer cachefs, or another --state-dir"
             )
 
     def get(self, table: Table, key: bytes) -> bytes | None:
+        if table not in self._tables:
+            return None
         try:
             with self._env.begin(self._tables[table]) as txn:
                 value: bytes | None = txn.get(key)
@@ -118,6 +154,8 @@ class Index:
 
     def scan(self, table: Table, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """Keys with `prefix`, in order. Sees one moment; holds a reader slot while it is iterated."""
+        if table not in self._tables:
+            return
         try:
             with self._env.begin(self._tables[table]) as txn, txn.cursor() as cursor:
                 found = cursor.set_range(prefix) if prefix else cursor.first()
@@ -130,8 +168,10 @@ class Index:
         except _DAMAGE as exc:
             raise self._damaged(exc) from exc
 
-    def apply(self, writes: Sequence[Write], *, durable: bool) -> None:
-        """All writes or none. Raises NoSpace when the map or the disk is full, or the disk fails."""
+    def apply(self, writes: Iterable[Write], *, durable: bool) -> None:
+        """All writes or none. Raises IndexUnwritable when the map or the disk is full, or the disk fails; NoSpace."""
+        if self.read_only:
+            raise IndexUnwritable(self.read_only)
         try:
             with self._env.begin(write=True) as txn:
                 for table, key, value in writes:
@@ -139,9 +179,11 @@ class Index:
                         txn.delete(key, db=self._tables[table])
                     else:
                         txn.put(key, value, db=self._tables[table])
-        except (lmdb.MapFullError, lmdb.DiskError) as exc:
-            raise NoSpace(f"the index is full: {exc}") from exc
+        except lmdb.MapFullError as exc:
+            raise IndexUnwritable(f"the index is full: {exc}") from exc
         except lmdb.Error as exc:
+            if _is_disk_failure(exc):
+                raise IndexUnwritable(f"the index cannot be written: {exc}") from exc
             if type(exc) is not lmdb.Error and not isinstance(exc, _DAMAGE):
                 raise  # our own mistake
             raise NoSpace(f"the index cannot be written: {exc}") from exc
@@ -149,14 +191,26 @@ class Index:
             self.sync()
 
     def sync(self) -> None:
-        """Everything applied so far survives a power cut."""
+        """Everything applied so far survives a power cut. Raises as apply() does."""
         try:
             self._env.sync(True)
         except lmdb.Error as exc:
-            raise NoSpace(f"the index cannot be synced: {exc}") from exc
+            kind = IndexUnwritable if _is_disk_failure(exc) else NoSpace
+            raise kind(f"the index cannot be synced: {exc}") from exc
+
+    @property
+    def trouble(self) -> str:
+        """Why it is not written as it should be, or ""."""
+        return self.read_only
 
     def close(self) -> None:
-        self._env.close()
+        if self._env is not None:
+            self._env.close()
+
+
+def _is_disk_failure(exc: lmdb.Error | OSError) -> bool:
+    """LMDB hands errors of system calls on, as Error itself or as a class for that number, with it as `code`."""
+    return is_disk_failure(exc.errno if isinstance(exc, OSError) else getattr(exc, "code", None))
 
 
 def _close_on_exec(path: Path) -> None:

@@ -5,7 +5,9 @@ Rules (the kernel caches by number, so they are what "never a byte of another ve
 - a directory's number belongs to (view, path) for ever;
 - a file's number belongs to (view, path, ObjectId); another version, or replace(), takes a new number;
 - a number is committed before anybody is told of it. A SIGKILL loses no commit; after a power cut there is no
-  mount left that could know a number, so nothing here waits for the disk more than LMDB itself does.
+  mount left that could know a number, so nothing here waits for the disk more than LMDB itself does;
+- what the disk, or the spill beside it, loses all the same is not given out again: the mount's ledger has the mark
+  below which all numbers are that its kernel may know.
 
 All methods that write run in the index thread, one at a time (the tree holds a lock).
 """
@@ -13,20 +15,19 @@ All methods that write run in the index thread, one at a time (the tree holds a 
 import hashlib
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from cachefs.chunk import ObjectId
 from cachefs.errors import NoSpace
-from cachefs.index import Index, Table, Write
+from cachefs.index import NEXT_INODE, Index, Table, Write
 
 ROOT_INODE = 1
 INODE_MAX = 2**32 - 1
 """`fh` has 32 bits for the inode."""
 
 _NUMBER = struct.Struct(">I")
-_NEXT = b"next_inode"
 
 
 class InodeRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -52,11 +53,25 @@ def _name_key(view: str, path: str, *, is_directory: bool) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
+class Mark(Protocol):
+    """What outlives the servers of a mount, and ends with it: Ledger."""
+
+    next_inode: int
+    """Above all numbers that this mount's kernel was told; 0 at first."""
+
+
+class NoMark:
+    """For who has no mount."""
+
+    next_inode = 0
+
+
 class Inodes:
     """The tables INODES and NAMES and the counter."""
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: Index, mark: Mark | None = None) -> None:
         self._index = index
+        self._mark = mark or NoMark()
         self._decoder = msgspec.msgpack.Decoder(InodeRecord)
         self._encoder = msgspec.msgpack.Encoder()
 
@@ -77,8 +92,8 @@ class Inodes:
 
     def next_number(self) -> int:
         """The number that would be given out next."""
-        value = self._index.get(Table.META, _NEXT)
-        return ROOT_INODE + 1 if value is None else int(value)
+        value = self._index.get(Table.META, NEXT_INODE)
+        return max(ROOT_INODE + 1 if value is None else int(value), self._mark.next_inode)
 
     def assign(self, view: str, wanted: Sequence[Wanted], *, gone: Sequence[str] = ()) -> list[int]:
         """The numbers of `wanted`, in order: those they have, new ones where the version is another. Blocks.
@@ -136,9 +151,10 @@ class Inodes:
 
     def _commit(self, writes: list[Write], first: int, following: int) -> None:
         if following > first:
-            writes.append(Write(Table.META, _NEXT, str(following).encode()))
+            writes.append(Write(Table.META, NEXT_INODE, str(following).encode()))
         if writes:
             self._index.apply(writes, durable=False)
+        self._mark.next_inode = max(self._mark.next_inode, following)  # committed, and nobody is told yet
 
     def check_invariants(self) -> None:
         following = self.next_number()

@@ -22,7 +22,7 @@ LEDGER_BYTES_MIN = (_FIRST_SLOT + 1) * 8
 SLOTS_MAX = 65536
 """Inodes open at one time. More memory than for these is left unused: every start reads the whole table."""
 
-_WORD_MAGIC, _WORD_FLAGS, _WORD_LAST = 0, 1, 2
+_WORD_MAGIC, _WORD_FLAGS, _WORD_LAST, _WORD_NEXT_INODE = 0, 1, 2, 3
 _FLAG_PASSTHROUGH_CHECKED = 1
 _FLAG_OVERFLOWED = 2
 _FLAG_PASSTHROUGH_CHECK_ENDED = 4  # older servers neither set nor clear it
@@ -115,6 +115,18 @@ class Ledger:
     def _entry(self, slot: int) -> OpenEntry:
         word = self._words[slot]
         return OpenEntry(word >> 32, Mode(word >> 30 & 3), word & _OPENS_MAX, bool(word & _UNCERTAIN))
+
+    # Inode numbers
+
+    @property
+    def next_inode(self) -> int:
+        """Above all inode numbers that the kernel may know of this mount; 0 while only older servers have run."""
+        return self._words[_WORD_NEXT_INODE]
+
+    @next_inode.setter
+    def next_inode(self, number: int) -> None:
+        assert self._words[_WORD_NEXT_INODE] <= number <= 1 << 32, number
+        self._words[_WORD_NEXT_INODE] = number
 
     # The self-check of passthrough, until it worked once in this mount
 

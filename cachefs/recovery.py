@@ -13,11 +13,15 @@ from typing import NamedTuple
 import msgspec
 
 from cachefs.blobs import COMMITTED, DIGEST_BYTES, Blobs, CachedObject
-from cachefs.cached import Header, Pin
+from cachefs.cached import Header, Pin, Remark
 from cachefs.chunk import ObjectId
+from cachefs.config import ServerConfig
+from cachefs.errors import IndexUnwritable, StateUnwritable
 from cachefs.index import Index, Table, Write
+from cachefs.kernel.locks import SPILL_NAME
 from cachefs.offload import Offload
 from cachefs.space import Space
+from cachefs.spill import SpillingIndex
 from cachefs.tier import BlobStat, Tier
 
 log = logging.getLogger(__name__)
@@ -41,6 +45,29 @@ class Found(NamedTuple):
     pins: dict[str, Pin]
 
 
+def open_index(config: ServerConfig, *, session: str, resumes: bool, trouble: str) -> SpillingIndex:
+    """The index of a mount's server, with this boot noted in it. `trouble`: why the state cannot be written, or "".
+
+    A server that `resumes` a mount opens it for reading when it cannot be written. Raises as SpillingIndex() does.
+    """
+    directory, spill = config.state_dir / "index", config.runtime_dir / SPILL_NAME
+    if not trouble:
+        try:
+            index = SpillingIndex(directory, spill, session=session)
+            try:
+                begin_session(index)
+            except BaseException:
+                index.close()
+                raise
+            return index
+        except (StateUnwritable, IndexUnwritable) as exc:
+            if not resumes:
+                raise
+            trouble = str(exc)
+    log.warning("nothing is kept until the next start, what is local is served: %s", trouble)
+    return SpillingIndex(directory, spill, session=session, read_only=trouble)
+
+
 async def recover(space: Space, blobs: Blobs, index: Index, offload: Offload) -> None:
     """What the state directory holds becomes known, leftovers of a crash are deleted.
 
@@ -53,8 +80,15 @@ async def recover(space: Space, blobs: Blobs, index: Index, offload: Offload) ->
         space.keep_nothing(str(exc))
         space.pins.update(_pins(index))
         return
-    await offload.index(index.apply, found.writes, durable=True)
-    await space.unlink({**dict.fromkeys(found.lost, 0), **dict(found.orphans)})
+    if index.read_only:
+        space.keep_nothing(index.read_only)
+    else:
+        try:
+            await offload.index(index.apply, found.writes, durable=True)
+        except IndexUnwritable as exc:  # a record that stays must not meet chunks that are new
+            log.error("the index keeps what a crash left, so nothing is kept until the next start: %s", exc)
+            space.keep_nothing(str(exc))
+        await space.unlink({**dict.fromkeys(found.lost, 0), **dict(found.orphans)})
     for cached in found.objects:
         blobs.add(cached)
     space.pins.update(found.pins)
@@ -88,9 +122,24 @@ def look(index: Index, tier: Tier) -> Found:
     for cached in by_key.values():
         if cached.seal is not None and not cached.complete:
             cached.seal = None
+    writes += _remarks(index, by_key)
     orphans = [(name, stat.disk_bytes) for name, stat in blobs.items() if bytes.fromhex(name) not in by_key]
     objects = sorted(by_key.values(), key=lambda cached: cached.used_s)
     return Found(objects, orphans, writes, lost, dropped, _pins(index))
+
+
+def _remarks(index: Index, by_key: dict[bytes, CachedObject]) -> list[Write]:
+    """Heed what could not be written into headers; the writes that do so now."""
+    writes: list[Write] = []
+    for key, value in index.scan(Table.REMARKS):
+        cached = by_key.get(key)
+        if cached is not None:
+            cached.had_backing = True
+            if value == Remark.BAD.value:
+                cached.seal = None
+            writes.append(cached.header(cached.seal))
+        writes.append(Write(Table.REMARKS, key, None))
+    return writes
 
 
 def _object(value: bytes) -> CachedObject | None:
@@ -113,13 +162,21 @@ def _pins(index: Index) -> dict[str, Pin]:
 
 
 def begin_session(index: Index) -> int:
-    """Note that this boot runs with an open state; the epoch, one higher when the last boot ended uncleanly."""
+    """Note that this boot runs with an open state; the epoch, one higher when the last boot ended uncleanly.
+
+    Not noted where the index cannot be written: what was due at the next boot then stays due, for nothing of what that
+    would be about is written either. Raises NoSpace.
+    """
     boot = _boot_id()
     epoch = int(index.get(Table.META, b"epoch") or b"0")
     last = index.get(Table.META, b"boot")
     clean = index.get(Table.META, b"clean") == b"1"
     if last is not None and last != boot and not clean:
         epoch += 1
+    elif last == boot and not clean:
+        return epoch  # noted already
+    if index.read_only:
+        return epoch
     index.apply(
         [
             Write(Table.META, b"boot", boot),
@@ -132,7 +189,9 @@ def begin_session(index: Index) -> int:
 
 
 def end_session(index: Index) -> None:
-    """All that was written is durable: a reboot from here on is a clean one."""
+    """All that was written is durable: a reboot from here on is a clean one. Raises NoSpace."""
+    if index.read_only:
+        return
     index.apply([Write(Table.META, b"clean", b"1")], durable=True)
 
 

@@ -12,12 +12,12 @@ import trio
 
 from cachefs import chunk, recovery
 from cachefs.blobs import CHECKED, COMMITTED, Blobs, CachedObject
-from cachefs.cached import Seal, VerifyReport
+from cachefs.cached import Remark, Seal, VerifyReport
 from cachefs.chunk import ChunkKey, ObjectId
 from cachefs.committer import Committer
-from cachefs.errors import IntegrityError, NoSpace, WorkFailed
+from cachefs.errors import IndexUnwritable, IntegrityError, NoSpace, WorkFailed
 from cachefs.fetch import Fills
-from cachefs.index import Index
+from cachefs.index import Index, Table, Write
 from cachefs.metrics import Metrics
 from cachefs.offload import Offload
 from cachefs.space import Space
@@ -91,10 +91,17 @@ class Sealing:
         """Remember for good, before anybody gets the blob, that it must never be rewritten."""
         cached.had_backing = True
         try:
-            await self._offload.index(self._index.apply, [cached.header(cached.seal)], durable=False)
+            await self._offload.index(self._note, cached.header(cached.seal), cached.key)
         except NoSpace:
             return False
         return True
+
+    def _note(self, header: Write, key: bytes) -> None:
+        """The header, or where the disk takes none, the remark: passthrough is what a read-only disk still has."""
+        try:
+            self._index.apply([header], durable=False)
+        except IndexUnwritable:
+            self._index.apply([Write(Table.REMARKS, key, Remark.BACKED.value)], durable=False)
 
     async def note_backing(self, object_id: ObjectId) -> None:
         cached = self._blobs.find(object_id)

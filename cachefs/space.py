@@ -13,7 +13,7 @@ import trio
 
 from cachefs import policy
 from cachefs.blobs import ABSENT, WRITTEN, Blobs, CachedObject
-from cachefs.cached import EvictReport, Pin, Skip
+from cachefs.cached import EvictReport, Pin, Remark, Skip
 from cachefs.chunk import ObjectId
 from cachefs.errors import NoSpace
 from cachefs.index import Index, Table, Write
@@ -167,6 +167,8 @@ class Space:
         """Evict until so much is freed; what was freed. Victims that turn out to be in use are passed over."""
         freed = 0
         refused: set[ObjectId] = set()
+        if self._index.read_only:
+            return 0
         while freed < need_bytes and self._stuck_in_a_row < STUCK_IN_A_ROW_MAX:
             candidates = (found for found in self._candidates() if found.object not in refused)
             victims = policy.select_victims(candidates, need_bytes - freed)
@@ -217,6 +219,8 @@ class Space:
         cached = self._blobs.find(object_id)
         if cached is None or not (cached.present or cached.disk_bytes):
             return 0, Skip.ABSENT
+        if self._index.read_only:  # it would be given up, and no room be gained
+            return 0, Skip.STUCK
         reason = self._reason_to_stay(cached)
         if reason is not None:
             return 0, reason
@@ -259,6 +263,8 @@ class Space:
                 self._hook("evict:recorded")
                 stuck = await self.unlink({cached.name: cached.disk_bytes})
                 self._hook("evict:unlinked")
+                if stuck and self._index.get(Table.OBJECTS, cached.key) is not None:
+                    await self._remark_bad(cached)
         finally:
             self._blobs.set_disk_bytes(cached, 0)
             cached.dropping = None
@@ -295,7 +301,8 @@ class Space:
         cached.set_absent(index)
         writes = [Write(Table.CHUNKS, cached.chunk_key(index), None), cached.header(None)]
         with trio.CancelScope(shield=True):
-            await self._apply_anyway(writes)
+            if not await self._apply_anyway(writes):
+                await self._remark_bad(cached)
 
     async def _delete_records(self, writes: list[Write]) -> None:
         """Durably; whoever comes while a commit runs shares the next one. Runs shielded."""
@@ -309,12 +316,20 @@ class Space:
             for _, event in batch:
                 event.set()
 
-    async def _apply_anyway(self, writes: list[Write]) -> None:
+    async def _apply_anyway(self, writes: list[Write]) -> bool:
         """Deletions need room too in a full index: the records then stay, and the next start finds no blob for them."""
         try:
             await self._offload.index(self._index.apply, writes, durable=True)
         except NoSpace as exc:
             self._metrics.errors.labels(type(exc).__name__).inc()
+            return False
+        return True
+
+    async def _remark_bad(self, cached: CachedObject) -> None:
+        """Neither its record nor its blob went, on a read-only disk: the next server must not believe the seal."""
+        remark = Write(Table.REMARKS, cached.key, Remark.BAD.value)
+        with contextlib.suppress(NoSpace):
+            await self._offload.index(self._index.apply, [remark], durable=False)
 
 
 def _unlink_all(tier: Tier, disk_bytes: Mapping[str, int]) -> dict[str, Stuck]:

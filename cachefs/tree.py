@@ -19,7 +19,7 @@ from cachefs.config import VolumeConfig
 from cachefs.errors import CachefsError, IsADirectory, NotADirectory, NotFound, StaleInode, UsageError
 from cachefs.flights import Flights
 from cachefs.index import Index
-from cachefs.inodes import ROOT_INODE, InodeRecord, Inodes, Wanted
+from cachefs.inodes import ROOT_INODE, InodeRecord, Inodes, Mark, Wanted
 from cachefs.names import is_showable
 from cachefs.offload import Offload
 from cachefs.snapshot import Entry, Listing, Snapshots, Volume, join
@@ -91,12 +91,23 @@ class Children(Sequence[tuple[str, Node]]):
 class Tree:
     """All volumes of one server. Run `run` in a nursery before the first lookup()."""
 
-    def __init__(self, index: Index, offload: Offload, snapshots: Snapshots, *, volumes_at_root: bool) -> None:
-        """`volumes_at_root`: the root lists the volumes by name; else inode 1 is the root of the one volume."""
+    def __init__(
+        self,
+        index: Index,
+        offload: Offload,
+        snapshots: Snapshots,
+        *,
+        volumes_at_root: bool,
+        mark: Mark | None = None,
+    ) -> None:
+        """`volumes_at_root`: the root lists the volumes by name; else inode 1 is the root of the one volume.
+
+        `mark` is the mount's.
+        """
         self._offload = offload
         self._snapshots = snapshots
         self._volumes_at_root = volumes_at_root
-        self._inodes = Inodes(index)
+        self._inodes = Inodes(index, mark)
         self.on_listed: Callable[[Volume, str, Listing], None] = lambda volume, path, listing: None
         """Told of every directory when it is first looked into."""
         self._volumes: dict[str, Volume] = {}

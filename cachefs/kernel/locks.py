@@ -15,9 +15,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from cachefs.errors import is_disk_failure
+
 MOUNT_LOCK, KEEPER_LOCK = "mount.lock", "keeper.lock"
 ROOT_NAME = "root"
 STATE_LOCK = "lock"
+SPILL_NAME = "spill"
+"""The directory for what the state directory's disk does not take: see cachefs/spill.py. With NEW while it is made."""
+NEW = ".new"
 SOCKET_NAME = "control.sock"
 FAILURE_NAME = "failure"
 FAILURE_BYTES_MAX = 2000
@@ -32,13 +37,13 @@ def lock_file(path: Path, *, wait_s: float, make: Callable[[], None] | None = No
     """Hold an exclusive flock of the file at `path`, made if it is not there: its descriptor. It ends with that.
 
     `make` makes its directory, again if it was removed meanwhile. Without `create` a file that is not there is a
-    FileNotFoundError. Raises BlockingIOError when somebody else holds it for longer than `wait_s`, and OSError.
+    FileNotFoundError, and one on a disk that has become read-only can be held all the same, but not be written.
+    Raises BlockingIOError when somebody else holds it for longer than `wait_s`, and OSError.
     """
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
     deadline_s = time.monotonic() + wait_s
     for _ in range(OPENED_MAX):
         try:
-            descriptor = os.open(path, flags, 0o600)
+            descriptor = _open(path, create=create)
         except FileNotFoundError:
             if make is None:
                 raise
@@ -57,6 +62,18 @@ def lock_file(path: Path, *, wait_s: float, make: Callable[[], None] | None = No
         if held:
             return descriptor
     raise BlockingIOError(f"{path} was removed {OPENED_MAX} times")
+
+
+def _open(path: Path, *, create: bool) -> int:
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC
+    if create:
+        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o600)
+    try:
+        return os.open(path, os.O_RDWR | flags)
+    except OSError as exc:
+        if not is_disk_failure(exc.errno):
+            raise
+        return os.open(path, os.O_RDONLY | flags)  # enough for flock(2), but not over NFS: so it is the second choice
 
 
 def is_locked(path: Path) -> bool:
@@ -163,11 +180,21 @@ def remove_runtime_dir(runtime_dir: Path, *, keeper_fd: int = -1, ours: bool = F
             return
         with contextlib.suppress(FileNotFoundError):
             (runtime_dir / ROOT_NAME).rmdir()  # EBUSY while it is mounted: then all stays
+        for name in (SPILL_NAME, SPILL_NAME + NEW):
+            remove_flat(runtime_dir / name)
         for name in (SOCKET_NAME, FAILURE_NAME, KEEPER_LOCK, MOUNT_LOCK):
             (runtime_dir / name).unlink(missing_ok=True)
         # From here on others may come: then it is not empty, or they make it again.
         if ours or (state_dir and runtime_dir.name == runtime_name(state_dir)):
             runtime_dir.rmdir()
+
+
+def remove_flat(directory: Path) -> None:
+    """A directory with files in it, if it is there. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(directory):
+            (directory / name).unlink()
+        directory.rmdir()
 
 
 def _hold_state(state_dir: Path, stack: contextlib.ExitStack) -> None:

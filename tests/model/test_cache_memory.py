@@ -1,4 +1,4 @@
-"""What many readers, a hung source or a busy disk take of memory and of buffers: within a bound, and little from others."""
+"""Many readers, a hung source, a busy disk: memory and buffers stay within a bound, and others have their share."""
 
 import functools
 import os

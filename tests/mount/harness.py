@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,24 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+@contextlib.contextmanager
+def read_only(directory: Path) -> Iterator[None]:
+    """Whoever opens something below `directory` meanwhile cannot write; who has it open can."""
+    other = directory.with_name(f"{directory.name}-read-only")
+    other.mkdir(exist_ok=True)
+    subprocess.run(["mount", "--bind", directory, other], check=True)
+    try:
+        # Where nobody opens a file meanwhile: one that is open for writing would be EBUSY.
+        subprocess.run(["mount", "-o", "remount,bind,ro", other], check=True)
+        subprocess.run(["mount", "--bind", other, directory], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["umount", "--lazy", directory], check=True)
+    finally:
+        subprocess.run(["umount", "--lazy", other], check=True)
 
 
 class Mounted:

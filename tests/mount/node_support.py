@@ -137,9 +137,13 @@ class Node:
         wait_for(lambda: self._other_server(before), "the next server")
 
     def _other_server(self, before: int) -> bool:
+        return self.server_pid_or_none() not in (None, before)
+
+    def server_pid_or_none(self) -> int | None:
+        """None while none answers."""
         with contextlib.suppress(OSError, EOFError):
-            return self.server_pid() != before
-        return False
+            return self.server_pid()
+        return None
 
     def kill_keeper(self) -> None:
         """SIGKILL, and a new one as the kubelet would start it; it supervises when this returns."""

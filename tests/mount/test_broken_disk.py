@@ -102,8 +102,8 @@ def impatient(cli: Cli, *arguments: object) -> str:
 
 
 @contextlib.contextmanager
-def killed_on_a_read_only_disk(cli: Cli) -> Iterator[None]:
-    """The server is killed, and none can start meanwhile."""
+def killed_without_its_disk(cli: Cli) -> Iterator[None]:
+    """The server is killed, and none can start meanwhile: in the place of its disk is an empty one, read-only."""
     pid = cli.status()["server"]["pid"]
     subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "cachefs-test", cli.state_dir], check=True)
     try:
@@ -115,7 +115,7 @@ def killed_on_a_read_only_disk(cli: Cli) -> Iterator[None]:
 
 def test_why_no_server_comes_up_is_one_line_of_status_and_mount(cli: Cli, source: str) -> None:
     place = mounted(cli, source)
-    with killed_on_a_read_only_disk(cli):
+    with killed_without_its_disk(cli):
         wait_for(lambda: "state directory" in failure_of(cli.runtime_dir), "told")
         for arguments in (["status"], ["mount", source, cli.place("other")]):
             said = impatient(cli, *arguments)
@@ -130,7 +130,7 @@ def test_why_no_server_comes_up_is_one_line_of_status_and_mount(cli: Cli, source
 
 def test_a_mount_whose_server_cannot_start_is_unmounted(cli: Cli, source: str) -> None:
     place = mounted(cli, source)
-    with killed_on_a_read_only_disk(cli):
+    with killed_without_its_disk(cli):
         wait_for(lambda: failure_of(cli.runtime_dir) != "", "told")
         cli.run("umount", "--all")
         assert cli.mounts() == [str(cli.state_dir)]

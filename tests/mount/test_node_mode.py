@@ -15,7 +15,7 @@ import pytest
 from cachefs.kernel.mounts import mount_as_root, unmount
 from cachefs.kernel.newmount import make_ledger
 from cachefs.kernel.session import Message, receive_message, send_message
-from tests.mount.harness import alive, needs_fuse, wait_for
+from tests.mount.harness import alive, needs_fuse, read_only, wait_for
 from tests.mount.node_support import SERVER_UID, Node, running_node, static
 from tests.support.lying import LyingServer
 
@@ -177,6 +177,64 @@ def test_keepers_in_containers_of_their_own_hand_the_mount_on(bucket: LyingServe
         wait_for(lambda: "mounting anew" in node.log("keeper.log"), "a fresh mount")
         node.start_supervisor()
         assert (view / "model.safetensors").read_bytes() == MODEL
+
+
+@contextlib.contextmanager
+def node_with_a_model(bucket: LyingServer) -> Iterator[tuple[Node, Path]]:
+    """And the model in a view; a disk that becomes read-only here does so in the containers too."""
+    bucket.put("models", "llama/more/weights", MODEL[:1000])
+    with Node([bucket.endpoint_url]) as node:
+        node.isolate()
+        node.start_keeper()
+        node.start_supervisor()
+        view = node.publish("pod", "s3://models/llama", GOOD, prefetch="none")
+        assert (view / "model.safetensors").read_bytes() == MODEL
+        wait_for(lambda: node.stats("pod")["objects_sealed"] == 1, "sealed")
+        yield node, view
+
+
+def is_right(model: Path) -> bool:
+    """Not what the kernel keeps of it."""
+    with model.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return file.readall() == MODEL
+
+
+def test_servers_are_replaced_on_a_read_only_disk(bucket: LyingServer) -> None:
+    with node_with_a_model(bucket) as (node, view):
+        device = node.mount()
+        with read_only(node.node_dir / "cache"):
+            node.kill_server()
+            assert "cannot be written" in node.ask("status")["tiers"][0]["trouble"]
+            assert is_right(view / "model.safetensors")
+            assert (view / "more" / "weights").read_bytes() == MODEL[:1000]
+            other = node.publish("other pod", "s3://models/llama", GOOD, prefetch="none", include=["model*"])
+            number = (view / "more" / "weights").stat().st_ino
+            node.kill_server()
+            assert (view / "more" / "weights").stat().st_ino == number
+            assert is_right(other / "model.safetensors")
+        node.kill_server()
+        assert node.ask("status")["tiers"][0]["trouble"] == ""
+        assert (view / "more" / "weights").stat().st_ino == number
+        assert is_right(view / "model.safetensors")
+        assert is_right(other / "model.safetensors")
+        assert node.mount() == device
+
+
+def test_a_server_starts_also_where_nothing_at_all_can_be_written(bucket: LyingServer) -> None:
+    with node_with_a_model(bucket) as (node, view):
+        device, pid = node.mount(), node.server_pid()
+        with read_only(node.node_dir / "cache"), read_only(node.node_dir / "run"):
+            ready = node.log("server.log").count(" is ready after ")
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda: node.log("server.log").count(" is ready after ") > ready, "the next server")
+            assert is_right(view / "model.safetensors")
+            with pytest.raises(OSError, match="No space"):
+                (view / "more" / "weights").read_bytes()
+        wait_for(lambda: node.server_pid_or_none() not in (None, pid), "it answers commands again")
+        node.kill_server()
+        assert (view / "more" / "weights").read_bytes() == MODEL[:1000]
+        assert node.mount() == device
 
 
 def test_a_server_may_start_before_its_keeper(bucket: LyingServer) -> None:

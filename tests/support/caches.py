@@ -46,15 +46,19 @@ async def opened_cache(
     state: Path,
     *,
     tier: LocalTier | None = None,
+    index: Index | None = None,
     drain: bool = True,
     buffers: int = 24,
     hook: Callable[[str], None] = lambda step: None,
     clock: Callable[[], float] | None = None,
     **options: object,
 ) -> AsyncIterator[ChunkCache]:
-    """`drain=False` abandons everything in flight, as a crash does. `cache.metrics` is the caller's to look at."""
+    """`drain=False` abandons everything in flight, as a crash does. `index` is closed at the end.
+
+    `cache.metrics` is the caller's to look at.
+    """
     config = config_for(state, **options)
-    index = Index(state / "index", map_bytes=256 * MIB)
+    index = index or Index(state / "index", map_bytes=256 * MIB)
     tier = tier or LocalTier(state / "blobs", capacity_bytes=config.cache_bytes_max, free_fraction_min=0.0)
     extra = {"clock": clock} if clock is not None else {}
     try:

@@ -57,6 +57,15 @@ def test_counters_go_on_where_the_last_server_was(fd):
     second.close()
 
 
+def test_the_mark_of_inode_numbers_only_rises(fd):
+    assert Ledger(fd).next_inode == 0
+    Ledger(fd).next_inode = 2**32
+    assert Ledger(fd).next_inode == 2**32
+    assert Ledger(fd).entries() == []
+    with pytest.raises(AssertionError):
+        Ledger(fd).next_inode = 7
+
+
 def test_passthrough_check_is_remembered(fd):
     assert not Ledger(fd).passthrough_checked
     Ledger(fd).note_passthrough_checked()
