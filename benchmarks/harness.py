@@ -95,8 +95,8 @@ def is_mounted(path: Path) -> bool:
 
 
 def find_memory(size: int) -> None:
-    """See benchmarks/memory.py."""
-    subprocess.run([sys.executable, "-m", "benchmarks.memory", str(size)], check=True, timeout=120)
+    """See benchmarks/memory.py; where that fails the turn has what it finds."""
+    subprocess.run([sys.executable, "-m", "benchmarks.memory", str(size)], check=False, timeout=120)
 
 
 def wait_for(condition: Callable[[], bool], what: str, deadline_s: float = 60.0) -> None:

@@ -38,6 +38,9 @@ JOIN_PIECES = 16
 server's processor time in page faults and copies, and without a bound 240 MiB with 300 readers: a READ has its piece
 while it waits for its chunks. A source gets 12, for 24 chunks: as many as are asked for at a time."""
 
+READERS_STAY_S = 1.0
+"""So long after its last chunk a source counts as one that is read from: a GET takes 0.1 s, and a reader works too."""
+
 DISK_PIECES = 8
 """For spans that a thread reads from the blob, one per thread. As fresh bytes they left 20 to 60 MiB to malloc."""
 
@@ -333,6 +336,10 @@ class ChunkCache:
         """Wait until what is written is committed, or is not local any more because that failed."""
         await self._committer.flush()
 
+    def has_readers(self, source: str) -> bool:
+        """Whether somebody has just asked the source for what he reads, or is about to read."""
+        return trio.current_time() - self._fills.source(source).read_s < READERS_STAY_S
+
     # -- what is local
 
     def is_local(self, object_id: ObjectId, index: int) -> bool:
@@ -461,9 +468,8 @@ class ChunkCache:
 
     async def unpin(self, pin_id: str) -> bool:
         """False: there is no such pin."""
-        found = self._space.pins.pop(pin_id, None) is not None
         await self._offload.index(self._index.apply, [Write(Table.PINS, pin_id.encode(), None)], durable=True)
-        return found
+        return self._space.pins.pop(pin_id, None) is not None
 
     def pins(self) -> tuple[Pin, ...]:
         return tuple(self._space.pins.values())

@@ -5,6 +5,7 @@ for itself. So `warm`, `evict`, ... are the same code in both.
 """
 
 import contextlib
+import functools
 import logging
 import re
 import time
@@ -31,8 +32,13 @@ log = logging.getLogger(__name__)
 
 _PROBE_NAME = "x"
 WARM_CHUNKS = 22
-"""Chunks that one warm has in flight: at 30 ms and 90 MB/s per connection 24 bring 1.24 GB/s, 16 bring 0.85. Two are
-left to readers of the same source (pace.LIMIT_START)."""
+"""Chunks that one warm has in flight: at 30 ms and 90 MB/s per connection 24 bring 1.24 GB/s, 16 bring 0.85."""
+
+WARM_CHUNKS_BESIDE = 16
+"""While somebody reads from the same source, which would have no window otherwise (pace.LIMIT_START counts all)."""
+
+WARM_YIELD_S = 0.05
+
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -221,9 +227,19 @@ class Core:
         chunks = ((object_id, index) for object_id in objects for index in range(chunk_count(object_id.size)))
         missing = ((object_id, index) for object_id, index in chunks if not self.cache.is_local(object_id, index))
 
-        async def worker() -> None:
-            nonlocal done
-            for object_id, index in missing:
+        over = False
+
+        async def worker(*, yields: bool) -> None:
+            nonlocal done, over
+            while not over:
+                if yields and self.cache.has_readers(source.store.identity):
+                    await trio.sleep(WARM_YIELD_S)
+                    continue
+                found = next(missing, None)
+                if found is None:
+                    over = True
+                    return
+                object_id, index = found
                 try:
                     # Who waited for its commit too had a GET less in flight meanwhile: 0.95 GB/s, not 1.24.
                     await self.cache.ensure(source.store, object_id, index, committed=False)
@@ -234,8 +250,8 @@ class Core:
                 progress({"done_bytes": done, "total_bytes": total})
 
         async with trio.open_nursery() as nursery:
-            for _ in range(WARM_CHUNKS):
-                nursery.start_soon(worker)
+            for number in range(WARM_CHUNKS):
+                nursery.start_soon(functools.partial(worker, yields=number >= WARM_CHUNKS_BESIDE))
         await self.cache.flush()
         lost = total - sum(self.cache.local_bytes(object_id) for object_id in objects)
         capacity = self.cache.usage().capacity_bytes

@@ -6,12 +6,18 @@ turns it into an exit code. A message is one line that says what to do.
 
 import errno
 
-DISK_FAILURES = frozenset({errno.EROFS, errno.EIO, errno.EUCLEAN, errno.ENOSPC, errno.EDQUOT})
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+DISK_FAILURES = DISK_FULL | {errno.EROFS, errno.EIO, errno.EUCLEAN, errno.EBADMSG}
 
 
 def is_disk_failure(number: int | None) -> bool:
     """Whether a system call that failed with this errno says that a disk takes no writes: read-only, failing, full."""
     return number in DISK_FAILURES
+
+
+def is_disk_full(number: int | None) -> bool:
+    """The failure that passes when somebody makes room."""
+    return number in DISK_FULL
 
 
 def printable(text: str) -> str:
@@ -107,6 +113,10 @@ class NoSpace(CachefsError):
 
 class IndexUnwritable(NoSpace):
     """The disk takes no records: it is full, read-only or failing. What is in the index can be read."""
+
+
+class IndexFull(IndexUnwritable):
+    """There is no room for records now; there may be soon."""
 
 
 class WorkFailed(CachefsError):

@@ -1,6 +1,7 @@
 """Runs fills: a buffer, the bytes (from the store, or from the blob to be checked), the digest, the write."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -55,6 +56,8 @@ class Source:
         """Chunks that are asked for or waiting for a buffer."""
         self.background_bytes = 0
         """What its fills take of the budget of background fills."""
+        self.read_s = -math.inf
+        """When a reader last wanted a chunk of it, or its window one."""
 
     def is_well(self) -> None:
         if self.ill_since_s is not None:
@@ -135,6 +138,8 @@ class Fills:
             raise WorkFailed("the cache is shutting down")
         fill = self._new(store, cached, index)
         fill.consumed = want is Want.BACKGROUND
+        if want is Want.DEMAND and not loads:
+            self.source(cached.object_id.source).read_s = trio.current_time()
         if first >= SPLIT_BYTES_MIN and index == cached.chunks - 1 and not loads:
             fill.split = first // SPLIT_ALIGN_BYTES * SPLIT_ALIGN_BYTES
         self._spawn(fill, cached, Want.LOAD if loads else want)
@@ -150,6 +155,8 @@ class Fills:
         if self._nursery is None or self.pool.available < 2:
             return False
         source = self.source(cached.object_id.source)
+        if not (spare or loads):
+            source.read_s = trio.current_time()
         if not self._has_budget(source, length):
             return False
         owner = None if loads else source.identity

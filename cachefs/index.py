@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import lmdb
 
 from cachefs.errors import (
+    IndexFull,
     IndexUnwritable,
     NoSpace,
     StateDamaged,
@@ -22,6 +23,7 @@ from cachefs.errors import (
     StateUnwritable,
     UsageError,
     is_disk_failure,
+    is_disk_full,
 )
 
 FORMAT_VERSION = 1
@@ -180,10 +182,11 @@ class Index:
                     else:
                         txn.put(key, value, db=self._tables[table])
         except lmdb.MapFullError as exc:
-            raise IndexUnwritable(f"the index is full: {exc}") from exc
+            raise IndexFull(f"the index is full: {exc}") from exc
         except lmdb.Error as exc:
             if _is_disk_failure(exc):
-                raise IndexUnwritable(f"the index cannot be written: {exc}") from exc
+                kind = IndexFull if is_disk_full(getattr(exc, "code", None)) else IndexUnwritable
+                raise kind(f"the index cannot be written: {exc}") from exc
             if type(exc) is not lmdb.Error and not isinstance(exc, _DAMAGE):
                 raise  # our own mistake
             raise NoSpace(f"the index cannot be written: {exc}") from exc

@@ -23,6 +23,7 @@ from cachefs.core import Core
 from cachefs.errors import (
     AccessDenied,
     CachefsError,
+    IndexUnwritable,
     IntegrityError,
     NotFound,
     ObjectChanged,
@@ -205,20 +206,35 @@ class Publications:
             if publication is None and self._core.index.get(Table.VOLUMES, key.encode()) is not None:
                 # Not shown, because the admin's policy changed.
                 await self._core.offload.index(self._apply, [Write(Table.VOLUMES, key.encode(), None)])
-            if publication is None or publication.gone:
-                return {}
-            view = self._views[publication.view]
-            gone = msgspec.structs.replace(publication, gone=True)
-            record = Write(Table.VOLUMES, key.encode(), msgspec.msgpack.encode(gone))
-            await self._core.offload.index(self._apply, [record])
-            self._publications[key] = gone
-            view.publications.discard(key)
-            if not view.publications:
-                self._ahead.stop(view.volume)
-            if publication.pin and not any(self._publications[other].pin for other in view.publications):
-                await self._core.cache.unpin(self._pin(view, publication).pin_id)
-            await self._sweep_one(gone, self._open_views())
+            if publication is not None and not publication.gone:
+                publication = await self._withdraw(publication)
+            if publication is not None:
+                await self._unpin(publication)
+                await self._sweep_one(publication, self._open_views())
+        if trouble := self._core.index.trouble:
+            # What a spill has ends with the mount, and the disk still says that it is published: to be asked again.
+            raise IndexUnwritable(f"the volume is shown no more, and that cannot be recorded: {trouble}")
         return {}
+
+    async def _withdraw(self, publication: Publication) -> Publication:
+        """It is shown to no new pod."""
+        view = self._views[publication.view]
+        gone = msgspec.structs.replace(publication, gone=True)
+        record = Write(Table.VOLUMES, publication.key.encode(), msgspec.msgpack.encode(gone))
+        await self._core.offload.index(self._apply, [record])
+        self._publications[publication.key] = gone
+        view.publications.discard(publication.key)
+        if not view.publications:
+            self._ahead.stop(view.volume)
+        return gone
+
+    async def _unpin(self, publication: Publication) -> None:
+        """Unless another pod of its view has it pinned. Done again until the disk has taken it."""
+        view = self._views[publication.view]
+        if publication.pin and not any(self._publications[other].pin for other in view.publications):
+            pin_id = self._pin(view, publication).pin_id
+            if any(pin.pin_id == pin_id for pin in self._core.cache.pins()):
+                await self._core.cache.unpin(pin_id)
 
     async def _credentials(self, params: Params, progress: Progress, caller: Caller) -> dict[str, Any]:
         key = str(params.get("key"))
@@ -339,6 +355,7 @@ class Publications:
         if publication.view in open_views:
             return
         async with self._locked("view " + publication.view):
+            await self._unpin(publication)
             await self._core.offload.index(self._apply, [Write(Table.VOLUMES, publication.key.encode(), None)])
             del self._publications[publication.key]
             if self._given.pop(publication.key, None) is not None:  # until now for files that were open

@@ -12,8 +12,9 @@ lives, and one that names another file is wrong bytes. Hence:
 - Only at the start of a server that can write the index is the spill carried over, in one durable transaction, which
   also notes the spill's id; then it is deleted. After a kill in between, whoever finds the id only deletes.
 - A spill is of one mount (`session`). The next mount deletes another one's: no kernel knows its numbers any more.
-- Where the index's `next_inode` is not what it was when the spill began, somebody else (the same state directory with
-  another runtime directory) has given out the same numbers: then no server starts.
+- Where the index's `next_inode` is above what it was when the spill began, somebody else (the same state directory with
+  another runtime directory) has given out the same numbers: then no server starts. It may be below: a disk that fails
+  can lose the last commit, and the ledger's mark is above that.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import msgspec
 
-from cachefs.errors import CachefsError, IndexUnwritable, StateDamaged, StateUnwritable
+from cachefs.errors import CachefsError, IndexFull, IndexUnwritable, StateDamaged, StateUnwritable
 from cachefs.index import MAP_BYTES, NEXT_INODE, Index, Table, Write
 from cachefs.kernel.locks import NEW, remove_flat
 
@@ -127,6 +128,8 @@ class SpillingIndex(Index):
         else:
             try:
                 super().apply(batch, durable=durable)
+            except IndexFull:  # somebody will make room, and the spill would take all names until the next server
+                raise
             except IndexUnwritable as exc:
                 self._begin(batch, exc)
 
@@ -180,7 +183,7 @@ class SpillingIndex(Index):
             spill.close()
             self._remove()
             return None
-        if owner.base != (super().get(Table.META, NEXT_INODE) or b""):
+        if int(super().get(Table.META, NEXT_INODE) or b"0") > int(owner.base or b"0"):
             spill.close()
             raise StateDamaged(
                 f"another mount has used the index {self._directory} meanwhile: what {self._place} has of this mount "

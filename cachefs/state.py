@@ -49,12 +49,12 @@ def make_state_dir(state_dir: Path) -> None:
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         (state_dir / "log").mkdir(mode=0o700, exist_ok=True)
+        read_only = os.statvfs(state_dir).f_flag & os.ST_RDONLY
     except OSError as exc:
         kind = StateUnwritable if is_disk_failure(exc.errno) else UsageError
         raise kind(
             f"the state directory {state_dir} is not usable ({exc.strerror}): give another one with --state-dir"
         ) from exc
-    read_only = os.statvfs(state_dir).f_flag & os.ST_RDONLY
     if read_only or not os.access(state_dir, os.W_OK | os.X_OK):
         kind = StateUnwritable if read_only else UsageError
         raise kind(f"the state directory {state_dir} cannot be written: give another one with --state-dir")

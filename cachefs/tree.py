@@ -234,7 +234,8 @@ class Tree:
         if not parent:
             return volume.root_inode
         number = self._inodes.number(volume.name, parent, is_directory=True)
-        assert number is not None, path  # numbered before any of its children
+        if number is None:  # it was numbered before any of its children, but a disk that failed may have lost that
+            raise StaleInode(f"the directory {path.rpartition('/')[0]!r} has no number any more")
         return number
 
     def _child(self, parent: int, directory: _Directory, entry: Entry, inode: int) -> Node:

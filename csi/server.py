@@ -34,11 +34,12 @@ volume_publish {key, source, endpoint_url, region, include, exclude, layout, pin
     Does an authenticated listing of the source's top with these credentials (at most one LIST of a new snapshot, none
     of a known one that this principal may see already): who may not list gets AccessDenied, not a view.
     A known key: the credentials are replaced, the same root is returned, and no error of the store is raised.
-    Errors: NotFound, AccessDenied, UsageError, StoreUnavailable, StoreTimeout, Offline, NoSpace, IndexUnwritable; after
-    an error the key is not published.
+    Errors: NotFound, AccessDenied, UsageError, StoreUnavailable, StoreTimeout, Offline, NoSpace, IndexUnwritable,
+    IndexFull; after an error the key is not published.
 
 volume_unpublish {key}  ->  {}
-    Drops the view when it was its last key; unknown keys are no error. Open files live on until they are closed.
+    Drops the view when it was its last key; unknown keys are no error. IndexUnwritable: it is dropped, but that is not
+    recorded yet, to be asked again. Open files live on until they are closed.
 
 volume_credentials {key, credentials}  ->  {}
     Replaces the credentials (token rotation, every republish). Does not ask the store. Errors: NotFound (the server
@@ -91,6 +92,7 @@ FAILURES: dict[str, type[Failure]] = {
     "Offline": Unreachable,
     "NoSpace": Full,
     "IndexUnwritable": Full,
+    "IndexFull": Full,
 }
 """By the name of the server's error class (cachefs/errors.py)."""
 

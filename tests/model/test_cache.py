@@ -401,6 +401,24 @@ def test_a_budget_of_nothing_is_no_background_fill(tmp_path: Path) -> None:
     run(scenario)
 
 
+def test_who_reads_from_a_source_is_known_and_who_only_fills_is_no_reader(tmp_path: Path) -> None:
+    store, other = MemoryStore({"a": content(4 * CHUNK)}), MemoryStore({"b": content(CHUNK)}, bucket="other")
+
+    async def scenario() -> None:
+        async with opened_cache(tmp_path) as cache:
+            source = store.id_of("a").source
+            await cache.ensure(store, store.id_of("a"), 0, committed=False)
+            assert cache.offer(store, store.id_of("a"), 1, spare=True)
+            assert not cache.has_readers(source)
+            assert cache.offer(store, store.id_of("a"), 2)
+            assert cache.has_readers(source)
+            await cache.read(other, other.id_of("b"), 0, 10)
+            assert cache.has_readers(other.id_of("b").source)
+            await until(lambda: not cache.has_readers(source))
+
+    run(scenario)
+
+
 def test_chunks_are_held_for_readers_only_until_they_have_read_them(tmp_path: Path) -> None:
     data = content(6 * CHUNK)
     store = MemoryStore({"a": data})

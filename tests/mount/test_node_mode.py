@@ -16,7 +16,7 @@ from cachefs.kernel.mounts import mount_as_root, unmount
 from cachefs.kernel.newmount import make_ledger
 from cachefs.kernel.session import Message, receive_message, send_message
 from tests.mount.harness import alive, needs_fuse, read_only, wait_for
-from tests.mount.node_support import SERVER_UID, Node, running_node, static
+from tests.mount.node_support import SERVER_UID, Node, Refused, running_node, static
 from tests.support.lying import LyingServer
 
 pytestmark = needs_fuse
@@ -203,8 +203,12 @@ def is_right(model: Path) -> bool:
 def test_servers_are_replaced_on_a_read_only_disk(bucket: LyingServer) -> None:
     with node_with_a_model(bucket) as (node, view):
         device = node.mount()
+        node.publish("pinned pod", "s3://models/llama", GOOD, prefetch="none", pin=True)
         with read_only(node.node_dir / "cache"):
             node.kill_server()
+            for _ in range(2):  # what is in the spill ends with the mount: it is to be asked again
+                with pytest.raises(Refused, match="cannot be written"):
+                    node.unpublish("pinned pod")
             assert "cannot be written" in node.ask("status")["tiers"][0]["trouble"]
             assert is_right(view / "model.safetensors")
             assert (view / "more" / "weights").read_bytes() == MODEL[:1000]
@@ -219,6 +223,9 @@ def test_servers_are_replaced_on_a_read_only_disk(bucket: LyingServer) -> None:
         assert is_right(view / "model.safetensors")
         assert is_right(other / "model.safetensors")
         assert node.mount() == device
+        assert any(found["pinned"] for found in node.ask("ls")["objects"])
+        node.unpublish("pinned pod")
+        assert not any(found["pinned"] for found in node.ask("ls")["objects"])
 
 
 def test_a_server_starts_also_where_nothing_at_all_can_be_written(bucket: LyingServer) -> None:

@@ -1,6 +1,7 @@
 """The index of a server on a disk that fails when a test says so, and that dies at a step of spilling."""
 
 import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ class Disk:
 
     def __init__(self) -> None:
         self.writes_left: int | None = None
+        self.errno = errno.EROFS
 
     def write(self) -> None:
         if self.writes_left is None:
             return
         if self.writes_left == 0:
-            error = lmdb.Error("mdb_txn_commit: Read-only file system")
-            error.code = errno.EROFS  # as LMDB's binding has it of a file system that failed (tests/mount has one)
+            error = lmdb.Error(f"mdb_txn_commit: {os.strerror(self.errno)}")
+            error.code = self.errno  # as LMDB's binding has it of a file system that failed (tests/mount has one)
             raise error
         self.writes_left -= 1
 

@@ -8,7 +8,7 @@ import pytest
 
 from cachefs import index as index_module
 from cachefs.chunk import ObjectId
-from cachefs.errors import IndexUnwritable, NoSpace, StateDamaged, StateUnwritable
+from cachefs.errors import IndexFull, IndexUnwritable, NoSpace, StateDamaged, StateUnwritable
 from cachefs.index import Index, Table, Write
 from cachefs.inodes import Inodes, NoMark, Wanted
 from cachefs.kernel.locks import remove_flat
@@ -96,6 +96,36 @@ def test_a_disk_that_works_again_takes_no_names_while_there_is_a_spill(mount: Mo
     assert plain.get(Table.CHUNKS, b"x") == b"digest"
     assert Inodes(plain).next_number() == second
     plain.close()
+
+
+def test_a_full_disk_is_waited_for_and_begins_no_spill(mount: Mount) -> None:
+    first = mount.number("a")
+    mount.disk.errno, mount.disk.writes_left = errno.ENOSPC, 0
+    with pytest.raises(IndexFull):
+        mount.number("b")
+    assert not mount.spill.exists()
+    assert mount.index is not None
+    assert mount.index.trouble == ""
+    mount.disk.writes_left = None
+    assert mount.number("b") == first + 1
+
+
+def test_an_index_that_lost_its_last_commit_takes_the_spill_and_gives_no_number_twice(mount: Mount) -> None:
+    first = mount.number("a")
+    lost = mount.number("b")
+    mount.disk.writes_left = 0
+    spilled = mount.number("c")
+    mount.end()
+    mount.disk.writes_left = None
+    plain = Index(mount.state)
+    names = [key for key, value in plain.scan(Table.NAMES) if int.from_bytes(value, "big") == lost]
+    number = lost.to_bytes(4, "big")
+    plain.apply([Write(Table.NAMES, names[0], None), Write(Table.INODES, number, None)], durable=True)
+    plain.apply([Write(Table.META, b"next_inode", str(lost).encode())], durable=True)
+    plain.close()
+    mount.start()
+    assert not mount.spill.exists()
+    assert [mount.number(path) for path in "acbd"] == [first, spilled, spilled + 1, spilled + 2]
 
 
 def test_records_of_chunks_are_never_spilled(mount: Mount) -> None:
