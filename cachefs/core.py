@@ -209,6 +209,8 @@ class Core:
     async def warm(self, source: Source, *, pin: bool, progress: Progress) -> dict[str, Any]:
         """Fetch everything under a source. Raises UsageError when there is nothing, WorkFailed when some failed."""
         started = trio.current_time()
+        if self.index.read_only:
+            raise WorkFailed(f"{source.config.source}: nothing can be kept: {self.index.trouble}")
         try:
             await self._probe_unknown(source)
             objects = [item async for item in self._listed(source)]

@@ -177,7 +177,7 @@ class Tree:
         """The node of a number that was once told to the kernel, by this server or an earlier one.
 
         Superseded nodes too: handles that are open on them go on. Raises NotFound for a number that was never
-        given out, StaleInode when its volume is gone.
+        given out, StaleInode when its volume or its record is gone.
         """
         if inode == ROOT_INODE and self._volumes_at_root:
             return self._root
@@ -191,6 +191,8 @@ class Tree:
             record: InodeRecord | None = InodeRecord(volume.name, "", None, 0.0)
         else:
             record = self._inodes.record(inode)
+        if record is None and ROOT_INODE < inode < self._inodes.next_number():
+            raise StaleInode(f"what inode {inode} was is lost: a disk has failed")  # the kernel looks the name up again
         if record is None:
             raise NotFound(f"no inode {inode}")
         return self._node_of_record(inode, record)

@@ -114,6 +114,24 @@ def test_name_servers_that_fail_for_now_are_passed_over_and_a_name_that_is_gone_
     assert caught.value.errno == socket.EAI_NONAME
 
 
+def test_a_question_that_hangs_is_asked_anew_by_few_threads(
+    name_server: NameServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_resolve, "STUCK_SECONDS", -1.0)
+    name_server.answers.clear()
+    resolver = Resolver()
+    for _ in range(3 * _resolve.STUCK_MAX):
+        with pytest.raises(NameServersSilent):
+            addresses(resolver, 0.01)
+    wait_until(lambda: name_server.asked == 1 + _resolve.STUCK_MAX, what="the questions are asked")
+    name_server.answers.set()
+    assert addresses(resolver) == [name_server.address]
+    wait_until(lambda: resolver._stuck == 0, what="the threads have come back")
+    before = name_server.asked
+    assert addresses(resolver) == [name_server.address]
+    assert name_server.asked == before + 1
+
+
 def test_no_thread_for_the_question_is_an_error_and_the_next_one_asks(
     name_server: NameServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +145,9 @@ def test_no_thread_for_the_question_is_an_error_and_the_next_one_asks(
         with pytest.raises(OSError, match="no thread"):
             addresses(resolver)
     assert addresses(resolver) == [name_server.address]
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        assert addresses(resolver) == [name_server.address]  # the one that it had
 
 
 @contextlib.contextmanager
