@@ -91,7 +91,7 @@ class Index:
                 self._check_format(directory)
                 undo.pop_all()
         except (lmdb.Error, OSError) as exc:
-            failure = _is_disk_failure(exc)
+            failure = is_disk_failure(_number(exc))
             if not failure and isinstance(exc, lmdb.Error):
                 raise self._damaged(exc) from exc
             kind = StateUnwritable if failure else UsageError
@@ -184,12 +184,10 @@ class Index:
         except lmdb.MapFullError as exc:
             raise IndexFull(f"the index is full: {exc}") from exc
         except lmdb.Error as exc:
-            if _is_disk_failure(exc):
-                kind = IndexFull if is_disk_full(getattr(exc, "code", None)) else IndexUnwritable
-                raise kind(f"the index cannot be written: {exc}") from exc
-            if type(exc) is not lmdb.Error and not isinstance(exc, _DAMAGE):
+            kind = _refusal(exc)
+            if kind is NoSpace and type(exc) is not lmdb.Error and not isinstance(exc, _DAMAGE):
                 raise  # our own mistake
-            raise NoSpace(f"the index cannot be written: {exc}") from exc
+            raise kind(f"the index cannot be written: {exc}") from exc
         if durable:
             self.sync()
 
@@ -198,8 +196,7 @@ class Index:
         try:
             self._env.sync(True)
         except lmdb.Error as exc:
-            kind = IndexUnwritable if _is_disk_failure(exc) else NoSpace
-            raise kind(f"the index cannot be synced: {exc}") from exc
+            raise _refusal(exc)(f"the index cannot be synced: {exc}") from exc
 
     @property
     def trouble(self) -> str:
@@ -211,9 +208,16 @@ class Index:
             self._env.close()
 
 
-def _is_disk_failure(exc: lmdb.Error | OSError) -> bool:
+def _number(exc: lmdb.Error | OSError) -> int | None:
     """LMDB hands errors of system calls on, as Error itself or as a class for that number, with it as `code`."""
-    return is_disk_failure(exc.errno if isinstance(exc, OSError) else getattr(exc, "code", None))
+    return exc.errno if isinstance(exc, OSError) else getattr(exc, "code", None)
+
+
+def _refusal(exc: lmdb.Error) -> type[NoSpace]:
+    """What a write that failed means: no room now, a disk that takes none, or neither is known."""
+    if is_disk_full(_number(exc)):
+        return IndexFull
+    return IndexUnwritable if is_disk_failure(_number(exc)) else NoSpace
 
 
 def _close_on_exec(path: Path) -> None:
