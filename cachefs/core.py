@@ -9,7 +9,7 @@ import functools
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -225,36 +225,13 @@ class Core:
             log.warning("%s has %d bytes, more than the cache may hold", source.config.source, total)
         done = already = sum(self.cache.local_bytes(object_id) for object_id in objects)
         progress({"done_bytes": done, "total_bytes": total})
-        failed: list[tuple[str, CachefsError]] = []
-        chunks = ((object_id, index) for object_id in objects for index in range(chunk_count(object_id.size)))
-        missing = ((object_id, index) for object_id, index in chunks if not self.cache.is_local(object_id, index))
 
-        over = False
+        def fetched(count: int) -> None:
+            nonlocal done
+            done += count
+            progress({"done_bytes": done, "total_bytes": total})
 
-        async def worker(*, yields: bool) -> None:
-            nonlocal done, over
-            while not over:
-                if yields and self.cache.has_readers(source.store.identity):
-                    await trio.sleep(WARM_YIELD_S)
-                    continue
-                found = next(missing, None)
-                if found is None:
-                    over = True
-                    return
-                object_id, index = found
-                try:
-                    # Who waited for its commit too had a GET less in flight meanwhile: 0.95 GB/s, not 1.24.
-                    await self.cache.ensure(source.store, object_id, index, committed=False)
-                except CachefsError as exc:
-                    failed.append((object_id.path, exc))
-                    continue
-                done += chunk_length(object_id.size, index)
-                progress({"done_bytes": done, "total_bytes": total})
-
-        async with trio.open_nursery() as nursery:
-            for number in range(WARM_CHUNKS):
-                nursery.start_soon(functools.partial(worker, yields=number >= WARM_CHUNKS_BESIDE))
-        await self.cache.flush()
+        failed = await self._fetch_missing(source.store, objects, fetched)
         lost = total - sum(self.cache.local_bytes(object_id) for object_id in objects)
         capacity = self.cache.usage().capacity_bytes
         if lost and total > capacity:
@@ -278,6 +255,40 @@ class Core:
             "pinned": pin,
             "seconds": trio.current_time() - started,
         }
+
+    async def _fetch_missing(
+        self, store: Store, objects: Sequence[ObjectId], fetched: Callable[[int], None]
+    ) -> list[tuple[str, CachefsError]]:
+        """Every chunk that is not local; `fetched` gets the bytes of each. Paths and errors of those that failed."""
+        failed: list[tuple[str, CachefsError]] = []
+        chunks = ((object_id, index) for object_id in objects for index in range(chunk_count(object_id.size)))
+        missing = ((object_id, index) for object_id, index in chunks if not self.cache.is_local(object_id, index))
+        over = False
+
+        async def worker(*, yields: bool) -> None:
+            nonlocal over
+            while not over:
+                if yields and self.cache.has_readers(store.identity):
+                    await trio.sleep(WARM_YIELD_S)
+                    continue
+                found = next(missing, None)
+                if found is None:
+                    over = True
+                    return
+                object_id, index = found
+                try:
+                    # Who waited for its commit too had a GET less in flight meanwhile: 0.95 GB/s, not 1.24.
+                    await self.cache.ensure(store, object_id, index, committed=False)
+                except CachefsError as exc:
+                    failed.append((object_id.path, exc))
+                    continue
+                fetched(chunk_length(object_id.size, index))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(WARM_CHUNKS):
+                nursery.start_soon(functools.partial(worker, yields=number >= WARM_CHUNKS_BESIDE))
+        await self.cache.flush()
+        return failed
 
     async def _probe_unknown(self, source: Source) -> None:
         """A wrong endpoint is told after 4 s, not when the listing's retries are over (60 s)."""
