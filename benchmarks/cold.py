@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -157,8 +158,7 @@ class Cold:
             peer.stop()
         if isinstance(peer, Download):
             cpu_seconds, rss_mib = peer.cpu_seconds, peer.rss_mib
-        if result["digest"] != self._data.expected(cell.workload, target):
-            raise BenchError("wrong bytes")
+        self._compare(result, cell, target)
         first = {name: result.get(name) for name in ("first_byte_seconds", "first_tensor_seconds")}
         return Sample(
             peer=cell.peer,
@@ -171,6 +171,10 @@ class Cold:
             ready_seconds=None if cell.peer == "native" else ready_seconds,
             **{name: None if value is None else before_read + value for name, value in first.items()},
         )
+
+    def _compare(self, result: dict[str, Any], cell: Cell, target: Target) -> None:
+        if result["digest"] != self._data.expected(cell.workload, target):
+            raise BenchError("wrong bytes")
 
     def _fill(self, cell: Cell, link: Link, work: Path, target: Target, number: int) -> Sample:
         """`cachefs warm` at a mount; the time has the command's start in it, processor time and memory are the
@@ -186,8 +190,7 @@ class Cold:
             result = workloads.run(cell.workload, str(path), CELL_SECONDS_MAX)
         finally:
             peer.stop()
-        if result["digest"] != self._data.expected(cell.workload, target):
-            raise BenchError("wrong bytes")
+        self._compare(result, cell, target)
         return Sample(
             peer=cell.peer,
             workload=cell.label,

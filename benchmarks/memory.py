@@ -4,21 +4,17 @@ The host of a virtual machine may have it to find: that took 19 ms for 8 MiB whe
 was chance. In a process of its own: the peak of a benchmark's memory would be that of every program that it starts.
 """
 
-import contextlib
 import mmap
 import os
 import sys
+
+from cachefs.buffers import Buffer
 
 
 def find(size: int) -> None:
     """`size` bytes, or half of what is free."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    length = max(mmap.PAGESIZE, min(size, free // 2))
-    with mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        with open("/dev/zero", "rb", buffering=0) as zeros, memoryview(memory) as view:
-            zeros.readinto(view)
+    Buffer(max(mmap.PAGESIZE, min(size, free // 2))).populate()
 
 
 if __name__ == "__main__":
