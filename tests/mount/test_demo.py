@@ -39,7 +39,14 @@ def demo(place: Path) -> Iterator["subprocess.Popen[str]"]:
     }
     command = [sys.executable, "-m", "benchmarks.demo"]
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell that starts tests in the background has them ignore it, and they pass that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         yield process
         if process.poll() is None:
